@@ -1,0 +1,287 @@
+"""A recipe: one stage as one TOML file, read into typed sections.
+
+`read` takes the file and the `section.key=value` words of the command line; `dump` writes the resolved recipe back.
+It knows what may be said, not what it means: each room reads its own section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A table of the recipe. Unknown keys are errors; nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Model(Section):
+    """The model folder the stage starts from; None keeps what the folder says."""
+
+    start: str
+    template: str | None = None
+    image: Literal["square", "pad"] | None = None
+
+
+class Source(Section):
+    """One data file and where its pictures lie. `epochs` is how often its samples come in one epoch of the mixture."""
+
+    path: str
+    format: str = "llava_json"
+    images: str | list[str] = ""
+    name: str = ""
+    epochs: float = Field(1.0, gt=0)
+
+
+class Data(Section):
+    """What is read. `length` is the room of a pack, and of a sample, in tokens (images expanded)."""
+
+    sources: list[Source] = Field(min_length=1)
+    length: int = Field(2048, ge=8)
+    pack: bool = True
+    workers: int = Field(4, ge=0)
+    strict: bool = False
+    quarantine_cap: float = Field(0.001, ge=0, le=1, description="share of the samples; at least 10 are allowed")
+    cache: str = Field("", description="folder of the index; empty: beside the run")
+
+
+class Rate(Section):
+    """Learning rate of one part: from `lr` down to `min_lr` along the schedule."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Rate:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class Learn(RootModel[dict[str, Rate]]):
+    """What learns, and how fast: `connector = 1e-3`, `"vision.layers.-4:" = 2e-6`. What is not named is frozen."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: {"lr": v} if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _something(self) -> Learn:
+        if not self.root:
+            raise ValueError("nothing learns; name at least one part, for example connector = 1e-3")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters on the linear layers of `parts`; the parts' own weights stay frozen. r = 0: none."""
+
+    r: int = Field(0, ge=0)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    parts: list[Literal["language", "vision"]] = ["language"]
+    targets: str = Field("", description="regular expression over full module paths; empty: every linear of the parts")
+    rslora: bool = False
+    dora: bool = False
+
+
+class Optimizer(Section):
+    """AdamW and its schedule. `warmup` below 1 is a share of the steps, from 1 on a number of steps."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0)
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+
+class Train(Section):
+    """The loop. `batch` counts samples, or packs with unit = "packs"; it is the whole step's, over all GPUs."""
+
+    batch: int = Field(128, ge=1)
+    unit: Literal["samples", "packs"] = "samples"
+    micro_batch: int = Field(1, ge=1, description="packs in one forward (samples when data.pack is false)")
+    epochs: float = Field(1.0, gt=0)
+    steps: int | None = Field(None, ge=1, description="instead of epochs")
+    seed: int = 0
+    precision: Literal["bf16", "bf16_true", "fp16", "fp32"] = "bf16"
+    tf32: bool = True
+    device: str = "auto"
+    checkpointing: Literal["none", "full"] = "none"
+    nonfinite_limit: int = Field(5, ge=1, description="steps with a non-finite loss or gradient in a row before it stops")
+
+
+class Parallel(Section):
+    """How the weights lie on the GPUs."""
+
+    shard: Literal["none", "zero2", "zero3"] = "none"
+    timeout: float = Field(1800.0, gt=0, description="seconds a collective may take")
+
+
+class Checkpoint(Section):
+    """When a run can be taken up again."""
+
+    every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class Log(Section):
+    """Who is told. `metrics.jsonl` is always written; trackers only when named."""
+
+    every: int = Field(1, ge=1, description="steps between console lines")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    project: str = "vistune"
+    peak_tflops: float = Field(0.0, ge=0, description="the device's, for MFU; 0: measured at the start")
+
+
+class Recipe(Section):
+    """One stage, resolved."""
+
+    name: str = ""
+    run: str = Field("", description="run folder; empty: runs/<recipe's name>")
+    model: Model
+    data: Data
+    learn: Learn
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        named = {key.split(".")[0] for key in self.learn.root}
+        for part in self.lora.parts if self.lora.r else ():
+            if part not in named:
+                raise ValueError(f"lora.parts names {part}, but learn gives it no rate; add {part} = 2e-4 to [learn]")
+        if self.optimizer.warmup > 1 and self.optimizer.warmup != int(self.optimizer.warmup):
+            raise ValueError(f"optimizer.warmup = {self.optimizer.warmup}: a share below 1, or whole steps")
+        return self
+
+
+def read(path: str | Path, words: Iterable[str] = ()) -> Recipe:
+    """The recipe in TOML file `path`, with `section.key=value` words laid over it.
+
+    Raises ValueError that names the file, the key, the value and the nearest known key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path}: no such file. Recipes that come with vistune lie in recipes/.")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: not TOML: {error}") from None
+    for word in words:
+        _lay(tree, word)
+    tree.setdefault("name", path.stem)
+    tree.setdefault("run", f"runs/{path.parent.name}-{path.stem}" if path.parent.name else f"runs/{path.stem}")
+    return build(tree, str(path))
+
+
+def build(tree: dict[str, Any], origin: str) -> Recipe:
+    """A recipe from a nested dict; `origin` names it in errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise ValueError("\n".join(f"recipe {origin}: {line}" for line in lines)) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML text that `read` takes back to an equal recipe."""
+    return _toml(recipe.model_dump(exclude_none=True))
+
+
+def _lay(tree: dict[str, Any], word: str) -> None:
+    """Lay one `section.key=value` word over the tree. In `learn` the key is all that follows the first dot."""
+    key, sign, text = word.partition("=")
+    if not sign or not key:
+        raise ValueError(f"{word!r}: expected section.key=value, for example train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    names = key.split(".", 1) if key.startswith("learn.") else key.split(".")
+    node: Any = tree
+    for name in names[:-1]:
+        node = node[_step(node, name, word)] if isinstance(node, list) else node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"{word!r}: {name} is a value, not a section")
+    node[_step(node, names[-1], word)] = value
+
+
+def _step(node: Any, name: str, word: str) -> Any:
+    if not isinstance(node, list):
+        return name.strip('"')
+    if not name.isdigit() or int(name) >= len(node):
+        raise ValueError(f"{word!r}: {name} is not one of the {len(node)} entries (they count from 0)")
+    return int(name)
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "(whole recipe)"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+        return f"unknown key {where} = {error['input']!r}. {hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing; add it."
+    given = "" if isinstance(error["input"], dict | Section) else f" = {error['input']!r}"
+    return f"{where}{given}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    """Keys that may stand in the section at `loc`."""
+    kind: Any = Recipe
+    for name in loc:
+        if isinstance(name, int) or not (isinstance(kind, type) and issubclass(kind, Section)):
+            continue
+        kind = kind.model_fields[name].annotation
+        while get_origin(kind) in (list, Annotated):
+            kind = get_args(kind)[0]
+        if get_origin(kind) is not None:
+            kind = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, Section)), kind)
+    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Section) else []
+
+
+def _toml(tree: Mapping[str, Any], prefix: str = "") -> str:
+    """Plain values first, then tables, then lists of tables."""
+    plain, tables = [], []
+    for key, value in tree.items():
+        name = key if key.replace("_", "").isalnum() else json.dumps(key)
+        if isinstance(value, Mapping) and prefix:
+            plain.append(f"{name} = {_inline(value)}")
+        elif isinstance(value, Mapping):
+            tables.append(f"\n[{name}]\n{_toml(value, name + '.')}")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            tables.extend(f"\n[[{prefix}{name}]]\n{_toml(item, prefix + name + '.')}" for item in value)
+        else:
+            plain.append(f"{name} = {_inline(value)}")
+    return "\n".join(plain) + "\n" + "".join(tables)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {_inline(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_inline(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
