@@ -263,7 +263,7 @@ def _toml(tree: Mapping[str, Any], prefix: str = "") -> str:
     """Plain values first, then tables, then lists of tables."""
     plain, tables = [], []
     for key, value in tree.items():
-        name = key if key.replace("_", "").isalnum() else json.dumps(key)
+        name = key if key.isascii() and key.replace("_", "").isalnum() else json.dumps(key)
         if isinstance(value, Mapping) and prefix:
             plain.append(f"{name} = {_inline(value)}")
         elif isinstance(value, Mapping):
@@ -283,5 +283,5 @@ def _inline(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON allows it raw, TOML does not
     return repr(value)
