@@ -35,6 +35,11 @@ def warn(text: str) -> None:
     err.print(f"warning: {text}", style="yellow", markup=False)
 
 
+def fail(text: str) -> None:
+    """An error on stderr, from whichever rank it happened on."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", style="red", markup=False)
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table on stdout; numbers are right-aligned."""
     rows = [[str(cell) for cell in row] for row in rows]

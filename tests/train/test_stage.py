@@ -1,0 +1,351 @@
+"""A stage end to end on tiny models: packed = unpacked, accumulation, resume bit for bit, what is refused, what is set
+aside, what a checkpoint holds."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from tests.made import made_data, made_recipe, stage0
+from vistune import recipe as recipes
+from vistune.train import checkpoint, learn, loop, metrics, stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return stage0(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return made_data(tmp_path_factory.mktemp("data"))
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics.read(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted((run / "model").glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def one_step_gradients(recipe: recipes.Recipe) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step, before clipping and update."""
+    folder = stage.claim(recipe)
+    loaded = stage.load_model(recipe)
+    learned = learn.apply(loaded.model, loaded.family, recipe)
+    read = stage.read_data(recipe, loaded, folder)
+    made = stage.make_loop(recipe, folder, torch.device("cpu"), loaded, learned, read)
+    batches = next(
+        stage.load_batches(
+            read.plan, read.readers, read.language, start_step=0, stop_step=1, packs_per_micro=recipe.train.micro_batch
+        )
+    )
+    loss = made._backward(batches, sum(len(b.targets) for b in batches))
+    return loss, {one.name: one.parameter.grad for one in learned}
+
+
+def assert_same_step(one, other):
+    assert one[0] == pytest.approx(other[0], abs=1e-5)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+LEARN_ALL = {"connector": 1e-3, "language": 2e-4, "vision.layers.-2:": 1e-5}
+
+
+def test_packed_equals_unpacked(start, data, tmp_path):
+    """With and without images, one image or several per sample: loss and every gradient of one step."""
+    packed = made_recipe(start, data, tmp_path / "a", learn=LEARN_ALL)
+    unpacked = made_recipe(start, data, tmp_path / "b", learn=LEARN_ALL, data={"pack": False})
+    assert_same_step(one_step_gradients(packed), one_step_gradients(unpacked))
+
+
+def test_four_micro_batches_equal_one(start, data, tmp_path):
+    """Supervised counts of the micro-batches are unequal; the denominator is the whole step's."""
+    many = made_recipe(start, data, tmp_path / "a", data={"pack": False}, train={"batch": 4, "micro_batch": 1})
+    one = made_recipe(start, data, tmp_path / "b", data={"pack": False}, train={"batch": 4, "micro_batch": 4})
+    assert_same_step(one_step_gradients(many), one_step_gradients(one))
+
+
+def test_activation_checkpointing_changes_nothing(start, data, tmp_path):
+    plain = made_recipe(start, data, tmp_path / "a", learn=LEARN_ALL)
+    saving = made_recipe(start, data, tmp_path / "b", learn=LEARN_ALL, train={"checkpointing": "full"})
+    assert_same_step(one_step_gradients(plain), one_step_gradients(saving))
+
+
+def test_head_multiplies_supervised_rows_only(start, data, tmp_path, monkeypatch):
+    """Counts the rows of every product with the head's weight in one step, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and out.shape[-1] == vocabulary:
+                counted.append(out.shape[0])
+            return out
+
+    recipe = made_recipe(start, data, tmp_path / "a", learn={"connector": 1e-3})
+    vocabulary = json.loads((start / "config.json").read_text())["text_config"]["vocab_size"]
+    with Count():
+        one_step_gradients(recipe)
+    index = stage.read_data(recipe, stage.load_model(recipe), tmp_path / "a")
+    assert sum(counted) == index.plan.supervised(0) < index.plan.index.tokens(range(8)).sum() / 2
+
+
+def test_only_what_is_named_changes_and_the_stock_class_opens_it(start, data, tmp_path):
+    run = tmp_path / "run"
+    summary = stage.run(made_recipe(start, data, run, learn={"connector": 1e-2}))
+    before, after = load_file(start / "model.safetensors"), weights(run)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert before.keys() == after.keys() and changed and all("multi_modal_projector" in k for k in changed)
+    assert summary["losses"][-1] < summary["losses"][0]
+    model = AutoModelForImageTextToText.from_pretrained(run / "model")
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert "made" in (run / "model" / "README.md").read_text()
+
+
+def test_a_connector_checkpoint_holds_only_the_connector(start, data, tmp_path):
+    run = tmp_path / "run"
+    stage.run(made_recipe(start, data, run, learn={"connector": 1e-3}, train={"steps": 2}))
+    from torch.distributed.checkpoint import FileSystemReader
+
+    folder = checkpoint.folders(run)[-1]
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata.keys()
+    assert names and all("multi_modal_projector" in name for name in names)
+    assert {name.split("/")[0] for name in names} == {"model", "optimizer"}
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 0.25 * (start / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_true", "fp16"])
+def test_resume_is_bit_for_bit(start, data, tmp_path, precision):
+    """Stopped by a fault after step 3, taken up from the checkpoint of step 2."""
+    train = {"precision": precision}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stage.run(made_recipe(start, data, whole, train=train))
+    real = loop.Loop.step
+
+    def failing(self, *args):
+        if self.state.step == 3:
+            raise RuntimeError("power cut")
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(loop.Loop, "step", failing)
+        stage.run(made_recipe(start, data, broken, train=train))
+    stage.run(made_recipe(start, data, broken, train=train))
+    assert losses(broken) == losses(whole) and len(losses(whole)) == 6
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(broken)[name]), name
+
+
+def command(recipe: recipes.Recipe, folder: Path, *words: str, processes: int = 1) -> list[str]:
+    file = folder / "recipe.toml"
+    file.write_text(recipes.dump(recipe))
+    run = [sys.executable, "-m"]
+    if processes > 1:
+        run += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    return [*run, "vistune", "train", str(file), *words]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_kill_at_random_moments(start, data, tmp_path):
+    """kill -9 ten times, saves included (every step saves), then to the end: the same losses and weights."""
+    steps = {"steps": 40, "batch": 4}
+    every = {"every": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    recipe = made_recipe(start, data, whole, train=steps, checkpoint=every)
+    began = time.monotonic()
+    subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    draw = random.Random(1)
+    kills = 0
+    for _ in range(10):
+        process = subprocess.Popen(
+            command(recipe, tmp_path, f"run={killed}"),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = len(checkpoint.folders(killed)) and checkpoint.folders(killed)[-1].name
+        deadline = time.monotonic() + seconds * 2
+        while process.poll() is None and time.monotonic() < deadline:
+            found = checkpoint.folders(killed)
+            if found and found[-1].name != before:
+                break
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.15)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    subprocess.run(command(recipe, tmp_path, f"run={killed}"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert kills >= 5
+    assert losses(killed) == losses(whole)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(killed)[name]), name
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(start, data, tmp_path):
+    run = tmp_path / "run"
+    recipe = made_recipe(start, data, run, train={"steps": 60, "batch": 4}, checkpoint={"every": 1000})
+    process = subprocess.Popen(command(recipe, tmp_path), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").exists() or not metrics.read(run):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate()[1]
+    assert process.returncode == 143, error
+    saved = checkpoint.folders(run)[-1]
+    assert 0 < int(saved.name.split("-")[1]) < 60 and "goes on from there" in error
+    subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, check=True, capture_output=True)
+    assert len(losses(run)) == 60
+
+
+def test_two_processes_equal_one(start, data, tmp_path):
+    """The samples of every step are the same set and order; losses agree to 1e-5; a run of one goes on as two."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    recipe = made_recipe(start, data, one, checkpoint={"every": 3, "keep": 9})
+    subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, check=True, capture_output=True)
+    done = subprocess.run(command(recipe, tmp_path, f"run={two}", processes=2), env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    tokens = [[row[k] for k in ("tokens", "supervised", "samples")] for row in metrics.read(one)]
+    assert tokens == [[row[k] for k in ("tokens", "supervised", "samples")] for row in metrics.read(two)]
+    import shutil
+
+    both = tmp_path / "both"
+    shutil.copytree(one, both, ignore=shutil.ignore_patterns("model", "summary.json", "step-00000006"))
+    done = subprocess.run(command(recipe, tmp_path, f"run={both}", processes=2), env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert b"step 3 of 6" in done.stdout
+    assert losses(both) == pytest.approx(losses(one), abs=1e-5)
+
+
+def test_another_recipe_is_named_and_refused(start, data, tmp_path):
+    run = tmp_path / "run"
+    stage.run(made_recipe(start, data, run, train={"steps": 2}))
+    with pytest.raises(ValueError, match=r"train\.batch: 8 -> 4.*May|train\.batch: 8 -> 4"):
+        stage.run(made_recipe(start, data, run, train={"steps": 2, "batch": 4}))
+    stage.run(made_recipe(start, data, run, train={"steps": 2}, log={"every": 2}, checkpoint={"keep": 1}))
+
+
+def test_steps_may_grow_under_a_constant_schedule(start, data, tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    constant = {"schedule": "constant", "warmup": 0}
+    stage.run(made_recipe(start, data, run, optimizer=constant, train={"steps": 2}))
+    assert stage.run(made_recipe(start, data, run, optimizer=constant, train={"steps": 4}))["steps"] == 4
+    stage.run(made_recipe(start, data, whole, optimizer=constant, train={"steps": 4}))
+    assert losses(run) == losses(whole)
+
+
+def test_changed_data_is_refused(start, tmp_path):
+    data = made_data(tmp_path / "data")
+    run = tmp_path / "run"
+    constant = {"schedule": "constant", "warmup": 0}
+    stage.run(made_recipe(start, data, run, optimizer=constant, train={"steps": 2}))
+    rows = json.loads(data.read_text())
+    rows[0]["conversations"][1]["value"] += " And more."
+    data.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="the data, its tokenizer, its template"):
+        stage.run(made_recipe(start, data, run, optimizer=constant, train={"steps": 4}))
+
+
+def test_a_picture_that_breaks_after_the_index_goes_to_the_ledger(start, tmp_path):
+    data = made_data(tmp_path / "data")
+    run = tmp_path / "run"
+    picture = data.parent / "images" / "0_0.png"
+    picture.write_bytes(picture.read_bytes()[:60])  # a header and no pixels: only decoding shows it
+    summary = stage.run(made_recipe(start, data, run, train={"steps": 3}))
+    rows = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert [(r["row"], r["code"]) for r in rows] == [(0, "image_broken")] and rows[0]["path"] == str(picture)
+    assert summary["quarantined"] == 1 and len(summary["losses"]) == 3
+    with pytest.raises(ValueError, match=r"data\.strict.*data\.json:0.*image_broken"):
+        stage.run(made_recipe(start, data, tmp_path / "strict", data={"strict": True}))
+
+
+def test_above_the_cap_the_run_stops_with_exit_code_2(start, tmp_path):
+    data = made_data(tmp_path / "data", rows=40)
+    for picture in sorted((data.parent / "images").iterdir())[:12]:
+        picture.unlink()
+    recipe = made_recipe(start, data, tmp_path / "run")
+    done = subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "more than the 10 that data.quarantine_cap allows" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_non_finite_steps_are_skipped_then_stop_with_the_samples(start, data, tmp_path, monkeypatch):
+    real = loop.Loop._backward
+    monkeypatch.setattr(loop.Loop, "_backward", lambda self, *a: real(self, *a) * float("nan"))
+    with pytest.raises(ValueError, match=r"not finite, 3 steps in a row.*\(source, row\): \[\(0, "):
+        stage.run(made_recipe(start, data, tmp_path / "run", train={"nonfinite_limit": 3}))
+    rows = metrics.read(tmp_path / "run")
+    assert [row["nonfinite"] for row in rows] == [1, 2]
+
+
+def test_lora_trains_saves_and_merges(start, data, tmp_path):
+    run = tmp_path / "run"
+    learn_lora = {"connector": 1e-3, "language": 1e-2}
+    stage.run(made_recipe(start, data, run, learn=learn_lora, lora={"r": 4, "alpha": 8}, train={"steps": 3}))
+    before, after = load_file(start / "model.safetensors"), weights(run)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert before.keys() == after.keys()
+    assert any("q_proj" in k and "language" in k for k in changed)
+    assert not any("vision" in k or "lm_head" in k or "norm" in k for k in changed)
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert adapter and all(".lora_" in k and "vision" not in k for k in adapter)
+
+
+def test_full_disk_is_one_sentence_and_leaves_the_older_checkpoint(start, data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    import torch.distributed.checkpoint as dcp
+
+    real, saves = dcp.save, []
+
+    def full(*args, **kwargs):
+        saves.append(1)
+        if len(saves) == 3:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(ValueError, match=r"cannot write .*step-00000004: No space left on device .*free"):
+        stage.run(made_recipe(start, data, run))
+    assert [p.name for p in checkpoint.folders(run)] == ["step-00000000", "step-00000002"]
+
+
+def test_a_folder_that_is_something_else_is_not_touched(start, data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is no run of vistune"):
+        stage.run(made_recipe(start, data, tmp_path / "mine"))
+
+
+def test_unknown_learn_keys(start, data, tmp_path):
+    for key, message in (("visoin", "no part 'visoin'"), ("vision.blocks", "layers.N"), ("vision.layers.9", "3 layers")):
+        with pytest.raises(ValueError, match=message):
+            stage.run(made_recipe(start, data, tmp_path / key, learn={key: 1e-3}))

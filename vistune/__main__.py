@@ -1,0 +1,5 @@
+"""`python -m vistune`, and what `torchrun -m vistune` starts."""
+
+from vistune.cli import main
+
+main()

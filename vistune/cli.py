@@ -1,0 +1,192 @@
+"""The command line: verbs in, exit codes out. Each verb's work is done elsewhere and imported when it is asked for,
+so that `--help` answers at once.
+
+Exit codes: 0 done; 1 done, and the answer is no (a proof failed); 2 a mistake, named on stderr; 130, 143 stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vistune import __version__, console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Assemble, train, check, evaluate and serve LLaVA-family vision-language models.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at training data.")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder of the run; made anew.")] = Path("runs/quickstart"),
+    quick: Annotated[bool, typer.Option(help="A shortened run that only shows that everything works.")] = False,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Watch a small LLaVA being assembled, aligned, instruction-tuned, evaluated on pictures it has never seen, and
+    asked a question: real handwritten digits, two CPU cores, a few minutes."""
+    from vistune.quickstart import run as quick_run
+
+    summary = quick_run.run(out, quick=quick, seed=seed)
+    if json:
+        console.print_json(summary)
+
+
+@app.command()
+def assemble(
+    vision: Annotated[str, typer.Option(help="Vision tower: a folder or a hub id (CLIP, SigLIP).")],
+    language: Annotated[str, typer.Option(help="Language model: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    connector: Annotated[str, typer.Option(help="A model folder or an original mm_projector.bin; empty: fresh.")] = "",
+    template: Annotated[str, typer.Option(help="Chat template written into the folder.")] = "v1",
+    image: Annotated[str, typer.Option(help="square: cut the centre. pad: widen to a square.")] = "pad",
+    select_layer: Annotated[int, typer.Option(help="Which hidden state of the vision tower is used.")] = -2,
+    select: Annotated[str, typer.Option(help="patch, or cls_patch to keep the class token.")] = "patch",
+    seed: Annotated[int, typer.Option(help="Of a fresh connector.")] = 0,
+    json: Json = False,
+) -> None:
+    """Join a vision tower and a language model into a stage-0 model folder, and prove that nothing was lost."""
+    from vistune.models import assemble as room
+    from vistune.models import verify
+
+    room.assemble(
+        vision=vision,
+        language=language,
+        out=out,
+        connector=connector or None,
+        template=template,
+        image=image,
+        select_layer=select_layer,
+        select=select,
+        seed=seed,
+    )
+    report = verify.verify(out, vision=vision, language=language)
+    if json:
+        console.print_json(report.as_dict())
+    else:
+        report.show()
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
+    words: Annotated[list[str] | None, typer.Argument(help="section.key=value laid over it; run=DIR.")] = None,
+    json: Json = False,
+) -> None:
+    """Train one stage. The same command takes an interrupted run up again. Under torchrun: one process per GPU."""
+    from vistune import recipe as recipes
+    from vistune.train import stage
+
+    summary = stage.run(recipes.read(recipe, words or []))
+    if json:
+        console.print_json(summary)
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the folder of a finished run.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture for the first question; may be repeated.")] = None,
+    ask: Annotated[str, typer.Option(help="One question; without it you are asked for them.")] = "",
+    max_new_tokens: int = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.2,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Ask a model about pictures. Several turns; `/image FILE` adds a picture, `/new` starts over, Ctrl-D ends."""
+    from vistune import generate
+
+    settings = generate.Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    generate.converse(model, list(image or []), ask, settings, device)
+
+
+@data_app.command("show")
+def data_show(
+    file: Annotated[Path, typer.Argument(help="A data file.")],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's or a model's folder.")],
+    template: Annotated[str, typer.Option(help="Name of a chat template.")],
+    images: Annotated[list[str] | None, typer.Option(help="Folder of the pictures; may be repeated.")] = None,
+    format: Annotated[str, typer.Option(help="How the file is laid out.")] = "llava_json",
+    rows: Annotated[int, typer.Option(help="How many rows; 0 is all.")] = 0,
+    json: Json = False,
+) -> None:
+    """Show rows as training sees them: every token, and which are supervised. No picture is opened.
+
+    With --json one object a line: id, prompt, ids (an image is one -200), labels (-100: no loss), supervised_text."""
+    from itertools import islice
+    from json import dumps
+
+    from vistune import chat
+    from vistune.data import formats, show
+
+    chosen = chat.template(template)
+    encoder = chat.load_encoder(tokenizer)
+    chat.check_fits(chosen, encoder.tokenizer)
+    shown = show.rows(formats.open_source(str(file), format, images or ""), chosen, encoder)
+    for one in islice(shown, rows or None):
+        if json:
+            print(dumps(one, ensure_ascii=False))
+        else:
+            console.out.print(show.coloured(one, encoder))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        result: Any = app(args=arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as done:
+        return done.exit_code
+    except typer.Abort:
+        return 130
+    except KeyboardInterrupt:
+        console.err.print("stopped", markup=False)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read us is gone; python flushes once more at exit
+        return 0
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """One sentence for a user's mistake; a stack of frames only for a fault of ours."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own: an unknown option, ...
+        console.fail(error.format_message())
+        return 2
+    if type(error).__name__ == "Interrupted":  # of the training loop, which is not imported here
+        console.err.print(str(error), markup=False)
+        return int(error.code)  # type: ignore[attr-defined]
+    if isinstance(error, ValueError) and not os.environ.get("VISTUNE_TRACEBACK"):
+        console.fail(str(error))
+        return 2
+    raise error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What learns: the recipe's `learn` and `lora` tables become trainable parameters with a rate each.
+
+Knows parts and layers through the family, nothing of optimizers or data.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistune.models.families import Family
+from vistune.recipe import Lora, Rate, Recipe
+
+PARTS = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One trainable parameter: its name in the model, the `learn` key that named it, its rate."""
+
+    name: str
+    parameter: nn.Parameter
+    key: str
+    rate: Rate
+
+
+def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
+    """Freeze everything, add the adapters, then let what `recipe.learn` names learn.
+
+    A longer key wins over a shorter one (`vision.layers.-4:` over `vision`). Raises ValueError for a key that names
+    nothing.
+    """
+    model.requires_grad_(False)
+    adapted = set(_inject(model, family, recipe.lora)) if recipe.lora.r else set()
+    names = {id(p): name for name, p in model.named_parameters()}
+    chosen: dict[str, Learned] = {}
+    for key in sorted(recipe.learn.root, key=lambda k: k.count(".")):
+        part, rate = key.split(".")[0], recipe.learn.root[key]
+        found = 0
+        for module in _modules(model, family, key):
+            for parameter in module.parameters():
+                name = names[id(parameter)]
+                if part in recipe.lora.parts and recipe.lora.r and name not in adapted:
+                    continue
+                chosen[name] = Learned(name, parameter.requires_grad_(True), key, rate)
+                found += 1
+        if not found:
+            raise ValueError(f"learn.{key}: names no parameter of this model")
+    return [chosen[name] for name in names.values() if name in chosen]
+
+
+def _modules(model: nn.Module, family: Family, key: str) -> list[nn.Module]:
+    """The modules that a `learn` key names: a part, or a slice of a part's layers."""
+    part, _, rest = key.partition(".")
+    if part not in PARTS:
+        raise ValueError(f"learn.{key}: no part {part!r}; the parts are {', '.join(PARTS)}")
+    if not rest:
+        return family.parts(model)[part]
+    match = re.fullmatch(r"layers\.(-?\d*)(:?)(-?\d*)", rest)
+    if not match or rest == "layers.":
+        raise ValueError(f'learn.{key}: after the part may stand layers.N or layers.FROM:TO, as in "vision.layers.-4:"')
+    layers = list(family.layers(model, part))
+    start, colon, stop = match.groups()
+    if not colon:
+        if not -len(layers) <= int(start) < len(layers):
+            raise ValueError(f"learn.{key}: {part} has {len(layers)} layers")
+        return [layers[int(start)]]
+    return layers[slice(int(start) if start else None, int(stop) if stop else None)]
+
+
+def _inject(model: nn.Module, family: Family, lora: Lora) -> list[str]:
+    """Put low-rank adapters beside the linear layers of `lora.parts`, by full path, the head left alone.
+
+    Returns the adapters' parameter names. Matching by leaf name would also hit the vision tower (q_proj).
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    paths = {id(module): path for path, module in model.named_modules()}
+    head = family.head(model)
+    targets = []
+    for part in lora.parts:
+        for root in family.parts(model)[part]:
+            for module in root.modules():
+                if isinstance(module, nn.Linear) and module is not head:
+                    targets.append(paths[id(module)])
+    if lora.targets:
+        targets = [path for path in targets if re.search(lora.targets, path)]
+    if not targets:
+        raise ValueError(f"lora.targets = {lora.targets!r}: matches no linear layer of {', '.join(lora.parts)}")
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=sorted(set(targets)),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+    inject_adapter_in_model(config, model)
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]
+
+
+def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
+    """Write the adapters in peft's layout, beside and then renamed: adapter_config.json, adapter_model.safetensors."""
+    from peft import get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save_file
+
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    config = model.peft_config["default"]  # type: ignore[index, union-attr]
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(beside))
+    assert any(isinstance(module, LoraLayer) for module in model.modules())
+    state = get_peft_model_state_dict(model)
+    save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, beside / "adapter_model.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def merge_adapters(model: nn.Module, stored: Callable[[str], Tensor]) -> None:
+    """Fold every adapter into its layer's weight and take it out, so that the model is plain again.
+
+    `stored(name)` gives a weight as the start folder holds it: training may have held it in half precision.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            layer: Any = module.get_base_layer()
+            layer.weight.data = stored(f"{path}.weight").to(layer.weight.device, torch.float32)
+            module.merge()  # type: ignore[operator]
+            layer.weight.requires_grad_(True)  # it is no longer what the start folder holds
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+
+
+def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold frozen matrices in the compute type: half the memory, and autocast need not cast them at every step.
+
+    Vectors (norms, biases) stay as they are. What is exported of frozen parts comes from the start folder, untouched.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+
+
+def describe(model: nn.Module, family: Family, learned: list[Learned]) -> list[tuple[str, int, int, str]]:
+    """Rows for the table at the start: part, parameters, of these learning, and their rates."""
+    rows = []
+    for part, modules in family.parts(model).items():
+        inside: dict[int, Any] = {id(p): p for module in modules for p in module.parameters()}
+        learning = [one for one in learned if id(one.parameter) in inside]
+        rates = ", ".join(dict.fromkeys(f"{one.key} {one.rate.lr:g}" for one in learning)) or "frozen"
+        total = sum(p.numel() for p in inside.values())
+        rows.append((part, total, sum(one.parameter.numel() for one in learning), rates))
+    return rows

@@ -1,0 +1,81 @@
+"""How a step is spread over ranks. Today every rank holds the whole model and gradients are summed.
+
+Activation checkpointing and the compute types live here too, since they wrap the model in this order:
+checkpointing -> (compile) -> (sharding).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vistune import console, ranks
+from vistune.recipe import Recipe
+
+BUCKET_BYTES = 64 << 20
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the products. bf16 becomes fp16 on a device that has none (V100, T4), and says so."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "fp16":
+        return torch.float16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        console.warn(f"train.precision = {precision}: {device} has no bf16; using fp16 with loss scaling")
+        return torch.float16
+    return torch.bfloat16
+
+
+def autocast(precision: str, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """Autocast for mixed precision; nothing for fp32 and for weights that are half precision themselves."""
+    if dtype == torch.float32 or precision == "bf16_true":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def allow_tf32(wanted: bool, device: torch.device) -> None:
+    """tf32 products for fp32 work, only where the device has them (compute capability 8 on)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        torch.backends.fp32_precision = "tf32" if wanted else "ieee"
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> None:
+    """Wrap the model as the recipe says; says so where this machine or this version does it otherwise."""
+    if recipe.parallel.shard != "none" and ranks.world() == 1:
+        console.say(f"parallel.shard = {recipe.parallel.shard}: one rank, nothing to shard; same steps by accumulation")
+    elif recipe.parallel.shard != "none":
+        console.warn(
+            f"parallel.shard = {recipe.parallel.shard}: weights are not sharded yet, every rank holds the whole model; "
+            "the steps and their results are the same"
+        )
+    if recipe.train.checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def sum_gradients(gradients: list[Tensor]) -> None:
+    """Sum over the ranks, in place, in buckets."""
+    if ranks.world() == 1:
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        bucket.append(gradient)
+        size += gradient.numel() * gradient.element_size()
+        if size >= BUCKET_BYTES:
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[Tensor]) -> None:
+    flat = torch.cat([g.reshape(-1) for g in bucket])
+    dist.all_reduce(flat)
+    start = 0
+    for gradient in bucket:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()

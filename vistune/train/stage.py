@@ -1,0 +1,383 @@
+"""One stage, top to bottom: recipe -> model, data, plan -> steps -> run folder -> model folder.
+
+The table of contents of training; every line of `run` is a room of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistune import __version__, chat, console, ranks
+from vistune.data.batch import Batch
+from vistune.data.formats import Reader, open_source
+from vistune.data.index import Index, build_index
+from vistune.data.loader import load as load_batches
+from vistune.data.plan import Plan
+from vistune.data.tokenize import Language
+from vistune.models import load as models
+from vistune.recipe import Recipe, dump
+from vistune.train import checkpoint, learn, metrics, parallel
+from vistune.train.learn import Learned
+from vistune.train.loop import Loop, State, line, mean_last
+from vistune.train.loss import StepModule
+from vistune.train.optimizer import Optimizer
+from vistune.train.quarantine import Ledger
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Run the stage that `recipe` describes, or the rest of it if `recipe.run` holds checkpoints of it.
+
+    Returns the summary that is also written to `summary.json`: steps, losses, seconds, the model folder.
+    Raises ValueError for what the user can mend, Interrupted after a signal.
+    """
+    device = ranks.start(recipe.train.device, recipe.parallel.timeout)
+    try:
+        parallel.allow_tf32(recipe.train.tf32, device)
+        folder = claim(recipe)
+        loaded = load_model(recipe)
+        learned = learn.apply(loaded.model, loaded.family, recipe)
+        show_parts(loaded, learned)
+        data = read_data(recipe, loaded, folder)
+        loop = make_loop(recipe, folder, device, loaded, learned, data)
+        write_environment(folder, recipe, data.index, loop)
+        if done := finished(folder, loop):
+            return done
+        train(recipe, folder, loaded, learned, data, loop)
+        return finish(recipe, folder, loaded, data, loop)
+    finally:
+        ranks.stop()
+
+
+@dataclass
+class Data:
+    """The stage's data: readers, what turns rows into tokens, the index and the plan made of it."""
+
+    readers: list[Reader]
+    language: Language
+    index: Index
+    plan: Plan
+
+
+def claim(recipe: Recipe) -> Path:
+    """The run folder, made or found again. Raises ValueError if it is the run of another recipe, or is something else."""
+    folder = Path(recipe.run)
+    if ranks.is_first():
+        if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.toml").exists():
+            raise ValueError(f"run {folder}: is not empty and is no run of vistune; choose another with run=DIR")
+        with checkpoint.disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(folder)
+        if saved := checkpoint.folders(folder):
+            _refuse_other(recipe, saved[-1])
+        with checkpoint.disk_errors(folder):
+            write(folder / "recipe.toml", dump(recipe))
+    ranks.barrier()
+    return folder
+
+
+def _refuse_other(recipe: Recipe, saved: Path) -> None:
+    differ = checkpoint.differences(checkpoint.read_state(saved)["recipe"], recipe)
+    if differ:
+        raise ValueError(
+            f"{saved} is of another recipe: {'; '.join(differ[:6])}{' ...' if len(differ) > 6 else ''}. "
+            "Give the old values to go on, or another folder with run=DIR to start anew. "
+            f"These may differ: {', '.join(checkpoint.MAY_DIFFER)}, ranks, and train.steps under a constant schedule."
+        )
+
+
+def load_model(recipe: Recipe) -> models.Loaded:
+    start = Path(recipe.model.start)
+    start = start / "model" if (start / "model" / "config.json").exists() else start
+    return models.load(start, dtype=torch.float32, template=recipe.model.template, image=recipe.model.image)
+
+
+def show_parts(loaded: models.Loaded, learned: list[Learned]) -> None:
+    rows = learn.describe(loaded.model, loaded.family, learned)
+    console.table(
+        f"{loaded.family.name}: what learns",
+        ("part", "parameters", "learning", "lr"),
+        [(part, f"{total:,}", f"{learning:,}", rates) for part, total, learning, rates in rows],
+    )
+
+
+def read_data(recipe: Recipe, loaded: models.Loaded, folder: Path) -> Data:
+    """Open the sources, index them (rank 0; the others read its cache), and lay the plan."""
+    cache = Path(recipe.data.cache) if recipe.data.cache else folder / "index"
+    template = chat.template(loaded.template_name)
+    chat.check_fits(template, loaded.tokenizer)
+    language = Language(template, chat.TextEncoder(loaded.tokenizer), loaded.layout, loaded.image_token_id)
+    index = None
+    for first in (True, False):
+        if ranks.is_first() is first:
+            readers = [open_source(s.path, s.format, s.images, s.name, cache) for s in recipe.data.sources]
+            index = build_index(readers, language, recipe.data.length, cache, workers=recipe.data.workers)
+        ranks.barrier()
+    assert index is not None
+    plan = Plan(
+        index,
+        batch=recipe.train.batch,
+        unit=recipe.train.unit,
+        length=recipe.data.length,
+        pack=recipe.data.pack,
+        seed=recipe.train.seed,
+        epochs=recipe.train.epochs,
+        steps=recipe.train.steps,
+        repeats=[source.epochs for source in recipe.data.sources],
+    )
+    _show_plan(recipe, index, plan)
+    return Data(readers, language, index, plan)
+
+
+def _show_plan(recipe: Recipe, index: Index, plan: Plan) -> None:
+    facts = plan.describe()
+    console.table("the data", ("what", "value"), [(k.replace("_", " "), _number(v)) for k, v in facts.items()])
+    if index.faults:
+        console.warn(f"{len(index.faults)} of {len(index)} rows are set aside; see quarantine.jsonl in the run folder")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def make_loop(
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    loaded: models.Loaded,
+    learned: list[Learned],
+    data: Data,
+) -> Loop:
+    """Put the model on the device, wrap it, and give it an optimizer and a ledger."""
+    precision = recipe.train.precision
+    dtype = parallel.compute_dtype(precision, device)
+    model = loaded.model
+    if dtype != torch.float32:
+        learn.lower_frozen(model, dtype)
+    model.to(device)
+    parallel.prepare(model, recipe)
+    true_half = precision == "bf16_true"
+    optimizer = Optimizer(recipe.optimizer, learned, data.plan.steps, true_half=true_half)
+    if true_half:
+        model.to(dtype)  # after the optimizer has taken its fp32 masters
+    ledger = Ledger(folder, len(data.index), recipe.data.quarantine_cap, recipe.data.strict)
+    ledger.add(data.index.faults)
+    state = State()
+    if dtype == torch.float16:
+        state.scale.value = 65536.0
+    return Loop(
+        recipe=recipe,
+        module=StepModule(model, loaded.family, loaded.layout, dtype),
+        optimizer=optimizer,
+        device=device,
+        dtype=dtype,
+        steps=data.plan.steps,
+        state=state,
+        ledger=ledger,
+        flops=_flops(loaded, recipe),
+        peak=recipe.log.peak_tflops * 1e12 or metrics.measure_peak(device, dtype),
+        report=lambda row: None,
+        save=lambda state: None,
+    )
+
+
+def _flops(loaded: models.Loaded, recipe: Recipe) -> Callable[[Batch], float]:
+    adapted = recipe.lora.parts if recipe.lora.r else []  # their own weights are frozen
+    learns = [key for key in recipe.learn.root if key.split(".")[0] not in adapted]
+
+    def count(batch: Batch) -> float:
+        images = 0 if batch.pixels is None else len(batch.pixels)
+        return loaded.family.flops(
+            loaded.model.config, lengths=batch.lengths, images=images, supervised=len(batch.targets), learn=learns
+        )
+
+    return count
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    loaded: models.Loaded,
+    learned: list[Learned],
+    data: Data,
+    loop: Loop,
+) -> None:
+    """Resume or try a save, then all the steps that are left, with everybody told."""
+    tensors = checkpoint.tensors(learned, loop.optimizer)
+
+    def save(state: State) -> None:
+        saved = {
+            "state": state.as_dict(),
+            "recipe": recipe.model_dump(mode="json"),
+            "index": data.index.hash,
+            "quarantine": loop.ledger.state(),
+        }
+        checkpoint.save(folder, state.step, checkpoint.tensors(learned, loop.optimizer), saved, recipe.checkpoint.keep)
+
+    if saved := checkpoint.folders(folder):
+        loop.state = State.from_dict(_take_up(saved[-1], tensors, data))
+        if loop.optimizer.true_half:
+            loop.optimizer.write_back()
+        console.say(f"going on from {saved[-1]}, step {loop.state.step} of {loop.steps}")
+    else:
+        dry_run(folder, loaded, loop, save)
+    report = metrics.Report(folder, recipe) if ranks.is_first() else None
+    batches = load_batches(
+        data.plan,
+        data.readers,
+        data.language,
+        start_step=loop.state.step,
+        stop_step=loop.steps,
+        rank=ranks.rank(),
+        world=ranks.world(),
+        packs_per_micro=recipe.train.micro_batch,
+        pad_to=1 if loop.device.type == "cpu" else 128,
+        workers=recipe.data.workers,
+    )
+    loop.save = save
+
+    def tell(row: dict[str, Any]) -> None:
+        if report is not None:
+            report.step(row)
+            if row["step"] % recipe.log.every == 0 or row["step"] == loop.steps:
+                console.say(line(row, loop.steps))
+
+    loop.report = tell
+    try:
+        loop.run(batches)
+    finally:
+        if report is not None:
+            report.stop()
+
+
+def _take_up(saved: Path, tensors: dict[str, torch.Tensor], data: Data) -> dict[str, Any]:
+    """Load a checkpoint in place; refuses one whose data has changed since."""
+    known = checkpoint.read_state(saved)
+    if known["index"] != data.index.hash:
+        raise ValueError(
+            f"{saved}: the data, its tokenizer, its template or its pictures' layout changed since this checkpoint "
+            f"(index {known['index'][:12]} then, {data.index.hash[:12]} now). Put them back, or start anew with run=DIR."
+        )
+    return checkpoint.load(saved, tensors)["state"]
+
+
+def dry_run(folder: Path, loaded: models.Loaded, loop: Loop, save: Callable[[State], None]) -> None:
+    """Save everything once before the first step, so that what would fail at the end fails now."""
+    save(loop.state)
+    if ranks.is_first():
+        with checkpoint.disk_errors(folder):
+            needed = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise ValueError(
+                    f"run {folder}: the model folder at the end needs about {needed / 2**30:.1f} GiB, "
+                    f"{free / 2**30:.1f} GiB are free. Make room, or give another folder with run=DIR."
+                )
+            models.check_save(loaded, folder / "model.dry")
+    ranks.barrier()
+
+
+def finished(folder: Path, loop: Loop) -> dict[str, Any] | None:
+    """The summary of a run whose steps are all done and whose model folder stands."""
+    saved = checkpoint.folders(folder)
+    whole = (folder / "summary.json").exists() and (folder / "model" / "config.json").exists()
+    if not (saved and whole and checkpoint.read_state(saved[-1])["state"]["step"] >= loop.steps):
+        return None
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if summary["steps"] < loop.steps:
+        return None
+    console.say(f"{folder} is finished: {summary['steps']} steps; model folder: {folder / 'model'}")
+    return summary
+
+
+def finish(recipe: Recipe, folder: Path, loaded: models.Loaded, data: Data, loop: Loop) -> dict[str, Any]:
+    """Write the model folder and the summary."""
+    target = folder / "model"
+    if ranks.is_first():
+        rows = metrics.read(folder)
+        summary = {
+            "run": str(folder),
+            "model": str(target),
+            "steps": loop.state.step,
+            "first_loss": rows[0]["loss"],
+            "last_loss": mean_last(rows),
+            "losses": [row["loss"] for row in rows],
+            "seconds": loop.state.seconds,
+            "tokens": loop.state.tokens,
+            "samples": loop.state.consumed,
+            "quarantined": len(loop.ledger.faults),
+            "nonfinite": loop.state.nonfinite,
+        }
+        if recipe.lora.r:
+            learn.save_adapter(loaded.model, folder / "adapter", recipe.model.start)
+            learn.merge_adapters(loaded.model, models.stored_tensors(loaded.folder, loaded.model))
+        with checkpoint.disk_errors(target):
+            models.save(loaded, target, frozen_from=loaded.folder, card=card(recipe, data, summary))
+        write(folder / "summary.json", json.dumps(summary, indent=2))
+        console.say(f"model folder: {target}")
+    else:
+        summary = {}
+    return ranks.from_first(summary)
+
+
+def card(recipe: Recipe, data: Data, summary: dict[str, Any]) -> str:
+    """The model card: what it started from, what learned on which data, how it ended."""
+    sources = "\n".join(f"- `{Path(s.path).name}` ({s.format}, {s.epochs:g} epochs)" for s in recipe.data.sources)
+    rates = "\n".join(f"- {key}: {rate.lr:g} to {rate.min_lr:g}" for key, rate in recipe.learn.root.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
+        f"# {recipe.name}\n\nTrained with vistune {__version__} from `{recipe.model.start}`.\n\n"
+        f"## What learned\n\n{rates}\n\n## Data\n\n{sources}\n\n"
+        f"{summary['samples']:,} samples, {summary['tokens']:,} tokens, {summary['steps']:,} steps, "
+        f"{summary['quarantined']} rows set aside. Index `{data.index.hash[:16]}`.\n\n"
+        f"## Scores\n\n- loss, mean of the last 10 steps: {summary['last_loss']:.4f}\n\n"
+        f"## Recipe\n\n```toml\n{dump(recipe).strip()}\n```\n"
+    )
+
+
+def write_environment(folder: Path, recipe: Recipe, index: Index, loop: Loop) -> None:
+    """What the run ran on: versions, commit, device, and the hash of its data."""
+    if not ranks.is_first():
+        return
+    names = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pillow", "pyarrow")
+    device = torch.cuda.get_device_name(loop.device) if loop.device.type == "cuda" else platform.processor() or "cpu"
+    facts = {
+        "vistune": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in names},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "world": ranks.world(),
+        "precision": str(loop.dtype).removeprefix("torch."),
+        "peak_flops": loop.peak,
+        "data_index": index.hash,
+    }
+    with checkpoint.disk_errors(folder):
+        write(folder / "environment.json", json.dumps(facts, indent=2))
+
+
+def _commit() -> str:
+    """Commit of the checkout that vistune is run from; empty for an installed package."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists() or shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file beside, then rename."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
