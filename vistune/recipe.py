@@ -23,31 +23,31 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The model folder the stage starts from; None keeps what the folder says."""
+    """The model folder the stage starts from. What is not given here stays as the folder says."""
 
-    start: str
-    template: str | None = None
-    image: Literal["square", "pad"] | None = None
+    start: str = Field(description="a model folder, or the folder of a finished run")
+    template: str | None = Field(None, description="name of a chat template, see chat.md")
+    image: Literal["square", "pad"] | None = Field(None, description="cut out the middle, or widen to a square")
 
 
 class Source(Section):
     """One data file and where its pictures lie. `epochs` is how often its samples come in one epoch of the mixture."""
 
-    path: str
-    format: str = "llava_json"
-    images: str | list[str] = ""
-    name: str = ""
-    epochs: float = Field(1.0, gt=0)
+    path: str = Field(description="the data file")
+    format: str = Field("llava_json", description="how the file is laid out, see data.md")
+    images: str | list[str] = Field("", description="folder or folders of its pictures; empty: the file's own")
+    name: str = Field("", description="how faults call it; empty: the file's name")
+    epochs: float = Field(1.0, gt=0, description="2.0: each sample twice an epoch; 0.5: another half each epoch")
 
 
 class Data(Section):
     """What is read. `length` is the room of a pack, and of a sample, in tokens (images expanded)."""
 
-    sources: list[Source] = Field(min_length=1)
-    length: int = Field(2048, ge=8)
-    pack: bool = True
-    workers: int = Field(4, ge=0)
-    strict: bool = False
+    sources: list[Source] = Field(min_length=1, description="tables [[data.sources]], one a file")
+    length: int = Field(2048, ge=8, description="longer samples are shortened at a turn")
+    pack: bool = Field(True, description="several samples in one row, each seeing itself only")
+    workers: int = Field(4, ge=0, description="processes per GPU that read and decode; 0: none but this one")
+    strict: bool = Field(False, description="the first faulty row stops the run")
     quarantine_cap: float = Field(0.001, ge=0, le=1, description="share of the samples; at least 10 are allowed")
     cache: str = Field("", description="folder of the index; empty: beside the run")
 
@@ -55,8 +55,8 @@ class Data(Section):
 class Rate(Section):
     """Learning rate of one part: from `lr` down to `min_lr` along the schedule."""
 
-    lr: float = Field(gt=0)
-    min_lr: float = Field(0.0, ge=0)
+    lr: float = Field(gt=0, description="the highest rate, after warm-up")
+    min_lr: float = Field(0.0, ge=0, description="the rate of the last step")
 
     @model_validator(mode="after")
     def _ordered(self) -> Rate:
@@ -87,71 +87,75 @@ class Learn(RootModel[dict[str, Rate]]):
 class Lora(Section):
     """Low-rank adapters on the linear layers of `parts`; the parts' own weights stay frozen. r = 0: none."""
 
-    r: int = Field(0, ge=0)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    parts: list[Literal["language", "vision"]] = ["language"]
+    r: int = Field(0, ge=0, description="rank of the adapters")
+    alpha: float = Field(16.0, gt=0, description="their output is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
+    parts: list[Literal["language", "vision"]] = Field(["language"], description="each needs a rate in [learn]")
     targets: str = Field("", description="regular expression over full module paths; empty: every linear of the parts")
-    rslora: bool = False
-    dora: bool = False
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    dora: bool = Field(False, description="learn magnitude and direction apart")
 
 
 class Optimizer(Section):
     """AdamW and its schedule. `warmup` below 1 is a share of the steps, from 1 on a number of steps."""
 
-    name: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.03, ge=0)
+    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices; biases and norms have none")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="from lr down to min_lr")
+    warmup: float = Field(0.03, ge=0, description="linear, from 0")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
 
 
 class Train(Section):
     """The loop. `batch` counts samples, or packs with unit = "packs"; it is the whole step's, over all GPUs."""
 
-    batch: int = Field(128, ge=1)
-    unit: Literal["samples", "packs"] = "samples"
+    batch: int = Field(128, ge=1, description="of one step; what one forward cannot hold is accumulated")
+    unit: Literal["samples", "packs"] = Field("samples", description="what batch counts")
     micro_batch: int = Field(1, ge=1, description="packs in one forward (samples when data.pack is false)")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the mixture")
     steps: int | None = Field(None, ge=1, description="instead of epochs")
-    seed: int = 0
-    precision: Literal["bf16", "bf16_true", "fp16", "fp32"] = "bf16"
-    tf32: bool = True
-    device: str = "auto"
-    checkpointing: Literal["none", "full"] = "none"
-    nonfinite_limit: int = Field(5, ge=1, description="steps with a non-finite loss or gradient in a row before it stops")
+    seed: int = Field(0, description="of the order of the data and of dropout")
+    precision: Literal["bf16", "bf16_true", "fp16", "fp32"] = Field(
+        "bf16", description="bf16: fp32 weights, bf16 products; bf16_true: bf16 weights, fp32 masters in the optimizer"
+    )
+    tf32: bool = Field(True, description="for what is left in fp32, where the device has it")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    checkpointing: Literal["none", "full"] = Field("none", description="full: compute activations twice, hold few")
+    nonfinite_limit: int = Field(
+        5, ge=1, description="steps with a non-finite loss or gradient in a row before it stops"
+    )
 
 
 class Parallel(Section):
     """How the weights lie on the GPUs."""
 
-    shard: Literal["none", "zero2", "zero3"] = "none"
+    shard: Literal["none", "zero2", "zero3"] = Field("none", description="accepted; every rank holds all weights yet")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may take")
 
 
 class Checkpoint(Section):
     """When a run can be taken up again."""
 
-    every: int = Field(500, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(500, ge=1, description="steps; also at the end and on SIGTERM or Ctrl-C")
+    keep: int = Field(2, ge=1, description="the newest this many stay")
 
 
 class Log(Section):
     """Who is told. `metrics.jsonl` is always written; trackers only when named."""
 
     every: int = Field(1, ge=1, description="steps between console lines")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    project: str = "vistune"
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="none is asked for by itself")
+    project: str = Field("vistune", description="the trackers' project")
     peak_tflops: float = Field(0.0, ge=0, description="the device's, for MFU; 0: measured at the start")
 
 
 class Recipe(Section):
     """One stage, resolved."""
 
-    name: str = ""
-    run: str = Field("", description="run folder; empty: runs/<recipe's name>")
+    name: str = Field("", description="empty: the file's name")
+    run: str = Field("", description="run folder; empty: runs/FOLDER-FILE of the recipe")
     model: Model
     data: Data
     learn: Learn

@@ -1,0 +1,159 @@
+"""Write the pages of docs/ that are made from the code: docs/recipes.md from the sections of vistune/recipe.py."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from vistune import recipe
+from vistune.recipe import Recipe, Section
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+OPENING = """\
+<!-- Made by scripts/reference.py from vistune/recipe.py (make docs). Change the descriptions there. -->
+# Recipes
+
+A recipe is one stage, written as one TOML file. `vistune train RECIPE` runs it.
+
+```toml
+run = "runs/first"
+
+[model]
+start = "runs/stage0"
+
+[[data.sources]]
+path = "playground/data/rows.json"
+images = "playground/data"
+
+[learn]
+connector = 1e-3
+```
+
+That is a whole recipe: what is not said has the default below, and what `[learn]` does not name is frozen. There is no
+word for a stage: aligning is a recipe in which the connector learns, instruction tuning one in which the language model
+learns too.
+
+**On the command line** `section.key=value` words lie over the file: `vistune train RECIPE run=elsewhere train.steps=60
+data.sources.0.images=pictures learn.language=2e-5`. A value is read as TOML and, if it is none, as text.
+
+**The run folder** holds the resolved recipe (`recipe.toml`), which makes the same run again; see
+[checkpoints.md](checkpoints.md) for the rest of it.
+
+**A mistake** names file, key, value and the nearest known key, all mistakes at once, with exit code 2:
+
+```text
+recipe one.toml: unknown key train.bach = 3. Did you mean batch?
+recipe one.toml: optimizer.schedule = 'cosin': Input should be 'cosine', 'linear' or 'constant'
+```
+
+The published recipes lie in `recipes/`; comments there say where each number is from.
+"""
+
+LEARN = """
+Keys are parts, or layers of a part; the more exact key wins. A value is a rate, or a table of the keys below.
+
+| key | names |
+|---|---|
+| `vision`, `connector`, `language` | the whole part; `language` has the embeddings and the head |
+| `"vision.layers.-4:"` | layers from the fourth last on; also `layers.2`, `layers.:6`, `layers.4:8` |
+
+```text
+[learn]
+connector = 1e-3
+language = { lr = 2e-5, min_lr = 2e-6 }
+"vision.layers.-4:" = 2e-6
+```
+"""
+
+
+def main() -> None:
+    page = recipes()
+    (DOCS / "recipes.md").write_text(page, encoding="utf-8")
+
+
+def recipes() -> str:
+    """docs/recipes.md as text."""
+    parts = [OPENING, "\n## At the top of the file\n", table(plain(Recipe))]
+    for name, field in Recipe.model_fields.items():
+        if name not in plain(Recipe):
+            parts += section(f"[{name}]", model_of(field.annotation))
+    return "".join(parts)
+
+
+def section(title: str, model: type[BaseModel]) -> list[str]:
+    """A heading, what the section is, its keys, and then the sections inside it."""
+    about = " ".join((model.__doc__ or "").split())
+    parts = [f"\n## `{title}`\n\n{about}\n"]
+    if model is recipe.Learn:
+        return [*parts, LEARN, table(recipe.Rate.model_fields)]
+    parts.append(table(model.model_fields))
+    for name, field in model.model_fields.items():
+        if name not in plain(model):
+            parts += section(f"[[{title.strip('[]')}.{name}]]", model_of(field.annotation))
+    return parts
+
+
+def plain(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys that are values, not sections."""
+    return {name: field for name, field in model.model_fields.items() if model_of(field.annotation) is BaseModel}
+
+
+def model_of(kind: Any) -> type[BaseModel]:
+    """The section that a type is, or is a list of; BaseModel itself if it is neither."""
+    inner = get_args(kind)[0] if get_origin(kind) is list else kind
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else BaseModel
+
+
+def table(fields: typing.Mapping[str, FieldInfo]) -> str:
+    rows = [
+        f"| `{name}` | {values(field)} | {default(field)} | {field.description or ''} |"
+        for name, field in fields.items()
+    ]
+    return "\n| key | values | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def values(field: FieldInfo) -> str:
+    """The type in words, with its bounds."""
+    bounds = [
+        f"{sign} {getattr(rule, name):g}" for rule in field.metadata for name, sign in SIGNS if hasattr(rule, name)
+    ]
+    return ", ".join([kind_of(field.annotation), *bounds])
+
+
+SIGNS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+
+
+def kind_of(kind: Any) -> str:
+    if kind in WORDS:
+        return WORDS[kind]
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(f"`{one}`" for one in inside)
+    if origin in (Union, types.UnionType):
+        return " or ".join(kind_of(one) for one in inside if one is not type(None))
+    if origin is tuple:
+        return f"list of {len(inside)} {kind_of(inside[0])}s"
+    if origin is list:
+        return "tables" if issubclass(model_of(kind), Section) else f"list of {kind_of(inside[0])}"
+    raise TypeError(f"no words for the type {kind}")
+
+
+def default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "must be given"
+    if field.default is None:
+        return ""
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else repr(value)}`".replace("'", '"')
+
+
+if __name__ == "__main__":
+    main()
