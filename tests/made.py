@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from vistune.models.assemble import assemble
 
 from tests.tiny import tiny_language, tiny_vision
 from vistune import recipe as recipes
-from vistune.models.assemble import assemble
 
-WORDS = "the red cup stands on a small wooden table near two green boats and one tall old tree by the blue lake".split()
+WORDS = "the red cup stands on a small wooden table near two green boats and one tall old tree by the lake"
 
 
 def made_data(folder: Path, rows: int = 24, seed: int = 0) -> Path:
@@ -43,7 +43,7 @@ def made_data(folder: Path, rows: int = 24, seed: int = 0) -> Path:
 
 
 def _sentence(draw: random.Random, least: int, most: int) -> str:
-    return " ".join(draw.choice(WORDS) for _ in range(draw.randint(least, most)))
+    return " ".join(draw.choice(WORDS.split()) for _ in range(draw.randint(least, most)))
 
 
 def stage0(folder: Path, kind: str = "llama", template: str = "v1") -> Path:

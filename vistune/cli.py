@@ -170,7 +170,7 @@ def _run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read us is gone; python flushes once more at exit
         return 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - what is not a user's mistake is raised again
         return _explain(error)
 
 

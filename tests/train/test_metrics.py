@@ -11,7 +11,8 @@ from vistune.train import metrics
 
 def a_recipe(**log):
     return recipes.build(
-        {"model": {"start": "m"}, "data": {"sources": [{"path": "d"}]}, "learn": {"connector": 1e-3}, "log": log}, "test"
+        {"model": {"start": "m"}, "data": {"sources": [{"path": "d"}]}, "learn": {"connector": 1e-3}, "log": log},
+        "test",
     )
 
 

@@ -7,7 +7,9 @@ from vistune.train.quarantine import Ledger
 
 
 def fault(row):
-    return Fault(source="a.json", row=row, id=f"id{row}", code="image_missing", reason="no such file", path=f"{row}.jpg")
+    return Fault(
+        source="a.json", row=row, id=f"id{row}", code="image_missing", reason="no such file", path=f"{row}.jpg"
+    )
 
 
 def test_each_row_once_and_read_back(tmp_path):
@@ -25,7 +27,9 @@ def test_each_row_once_and_read_back(tmp_path):
 def test_cap_is_ten_or_a_share(tmp_path):
     ledger = Ledger(tmp_path, samples=100, cap=0.001, strict=False)
     ledger.add([fault(i) for i in range(10)])
-    with pytest.raises(ValueError, match=r"11 rows are faulty.*10.*a\.json:0 \(id id0\): image_missing.*quarantine\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"11 rows are faulty.*10.*a\.json:0 \(id id0\): image_missing.*quarantine\.jsonl"
+    ):
         ledger.add([fault(10)])
     assert Ledger(tmp_path / "other", samples=50_000, cap=0.001, strict=False).limit == 50
 

@@ -346,6 +346,10 @@ def test_a_folder_that_is_something_else_is_not_touched(start, data, tmp_path):
 
 
 def test_unknown_learn_keys(start, data, tmp_path):
-    for key, message in (("visoin", "no part 'visoin'"), ("vision.blocks", "layers.N"), ("vision.layers.9", "3 layers")):
+    for key, message in (
+        ("visoin", "no part 'visoin'"),
+        ("vision.blocks", "layers.N"),
+        ("vision.layers.9", "3 layers"),
+    ):
         with pytest.raises(ValueError, match=message):
             stage.run(made_recipe(start, data, tmp_path / key, learn={key: 1e-3}))

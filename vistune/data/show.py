@@ -24,7 +24,8 @@ def rows(reader: Reader, template: Template, encoder: TextEncoder) -> Iterator[d
             sample = reader[row]
             encoded = encode(template, encoder, sample.messages, has_images=bool(sample.images))
         except SampleError as error:
-            yield {"id": error.fault.id or str(row), "row": row, "fault": error.fault.code, "reason": error.fault.reason}
+            fault = error.fault
+            yield {"id": fault.id or str(row), "row": row, "fault": fault.code, "reason": fault.reason}
             continue
         except ChatError as error:
             yield {"id": sample.id, "row": row, "fault": error.code, "reason": str(error)}

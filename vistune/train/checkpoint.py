@@ -26,7 +26,10 @@ from vistune.recipe import Recipe
 from vistune.train.learn import Learned
 from vistune.train.optimizer import Optimizer
 
-MAY_DIFFER = ("name", "run", "data.workers", "data.cache", "data.strict", "data.quarantine_cap", "parallel", "checkpoint", "log")
+MAY_DIFFER = (
+    *("name", "run", "parallel", "checkpoint", "log"),
+    *("data.workers", "data.cache", "data.strict", "data.quarantine_cap"),
+)
 """Keys of the recipe that may differ between a run and its resumption: nothing here touches a weight."""
 
 
@@ -144,5 +147,5 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch for one step (dropout), as a function of the step alone: a checkpoint need not hold generator states."""
+    """Seed torch for one step (dropout), as a function of the step alone: checkpoints hold no generator states."""
     torch.manual_seed((seed * 1_000_003 + step * 7_919 + ranks.rank()) & 0x7FFF_FFFF_FFFF_FFFF)

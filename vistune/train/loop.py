@@ -98,11 +98,12 @@ class Stop:
             signal.signal(number, handler)
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and has saved itself
+class Interrupted(Exception):
     """The run was stopped by a signal after saving; `code` is the exit code the shell expects."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there")
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after step {step}; the same command goes on from there")
         self.code = 128 + number
 
 
@@ -148,7 +149,8 @@ class Loop:
         seed_step(self.recipe.train.seed, self.state.step)
         totals = self._totals(batches, stop)
         if totals.faults:
-            self.ledger.add(fault for rank in ranks.gather([f for b in batches for f in b.faults]) for f in rank)
+            met = ranks.gather([fault for batch in batches for fault in batch.faults])
+            self.ledger.add(fault for faults in met for fault in faults)
         loss = self._backward(batches, totals.supervised)
         norm = self._update(totals, loss, batches)
         self.state.step += 1
@@ -268,5 +270,3 @@ def mean_last(rows: list[dict[str, Any]], count: int = 10) -> float:
     """Mean loss of the last `count` steps."""
     last = [row["loss"] for row in rows[-count:]]
     return sum(last) / len(last)
-
-

@@ -56,4 +56,5 @@ class Ledger:
 
 def _line(fault: Fault) -> str:
     where = f"{fault.source}:{fault.row}" + (f" (id {fault.id})" if fault.id else "")
-    return f"{where}: {fault.code}: {fault.reason}" + (f": {fault.path}" if fault.path and fault.path not in fault.reason else "")
+    path = f": {fault.path}" if fault.path and fault.path not in fault.reason else ""
+    return f"{where}: {fault.code}: {fault.reason}{path}"

@@ -69,7 +69,7 @@ class Data:
 
 
 def claim(recipe: Recipe) -> Path:
-    """The run folder, made or found again. Raises ValueError if it is the run of another recipe, or is something else."""
+    """The run folder, made or found again. Raises ValueError if it holds another recipe's run, or something else."""
     folder = Path(recipe.run)
     if ranks.is_first():
         if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.toml").exists():
@@ -265,7 +265,8 @@ def _take_up(saved: Path, tensors: dict[str, torch.Tensor], data: Data) -> dict[
     if known["index"] != data.index.hash:
         raise ValueError(
             f"{saved}: the data, its tokenizer, its template or its pictures' layout changed since this checkpoint "
-            f"(index {known['index'][:12]} then, {data.index.hash[:12]} now). Put them back, or start anew with run=DIR."
+            f"(index {known['index'][:12]} then, {data.index.hash[:12]} now). "
+            "Put them back, or start anew with run=DIR."
         )
     return checkpoint.load(saved, tensors)["state"]
 
