@@ -1,7 +1,10 @@
-"""Write the pages of docs/ that are made from the code: docs/recipes.md from the sections of vistune/recipe.py."""
+"""Write what docs/ says of the code itself: recipes.md from vistune/recipe.py, the table of modules in map.md from the
+first sentence of every file."""
 
 from __future__ import annotations
 
+import ast
+import re
 import types
 import typing
 from pathlib import Path
@@ -14,7 +17,8 @@ from pydantic_core import PydanticUndefined
 from vistune import recipe
 from vistune.recipe import Recipe, Section
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 OPENING = """\
 <!-- Made by scripts/reference.py from vistune/recipe.py (make docs). Change the descriptions there. -->
@@ -74,8 +78,35 @@ language = { lr = 2e-5, min_lr = 2e-6 }
 
 
 def main() -> None:
-    page = recipes()
-    (DOCS / "recipes.md").write_text(page, encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is made, or has a part that is made, as it should be."""
+    return {DOCS / "recipes.md": recipes(), DOCS / "map.md": map_of_the_house()}
+
+
+def map_of_the_house() -> str:
+    """docs/map.md with its table of modules made anew."""
+    page = (DOCS / "map.md").read_text(encoding="utf-8")
+    rows = [f"| `{path.relative_to(ROOT)}` | {first_sentence(path)} |" for path in modules()]
+    made = "\n".join(["| module | what it does |", "|---|---|", *rows])
+    begin, end = "<!-- modules:begin -->\n", "\n<!-- modules:end -->"
+    return re.sub(f"(?s)(?<={begin}).*?(?={end.strip()})", lambda _: made + "\n", page)
+
+
+def modules() -> list[Path]:
+    """Files of the package, a package's own __init__ first, then its modules, then the packages in it."""
+    return sorted(
+        (ROOT / "vistune").rglob("*.py"), key=lambda path: (path.parent.parts, path.stem != "__init__", path.stem)
+    )
+
+
+def first_sentence(path: Path) -> str:
+    opening = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    sentence = re.match(r"(?s).*?[.](?=\s|$)", opening)
+    return " ".join((sentence[0] if sentence else opening).split()).replace("|", "\\|")
 
 
 def recipes() -> str:
