@@ -1,0 +1,131 @@
+"""The benchmark's own parts: data as announced, useful FLOPs, ratios; and one quick run of our side, without peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_quick_run_measures_us_and_agrees_with_the_stock_loop(tmp_path):
+    out = tmp_path / "quick.json"
+    words = ["--quick", "--threads", "1", "--data", str(tmp_path / "data"), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(out.read_text())
+    (run,) = result["runs"]
+    assert [len(step["rows"]) for step in run["steps"]] == [4, 4]
+    assert all(step["cpu_s"] > 0 and step["tokens"] == step["positions"] for step in run["steps"])
+    # The counts come from the stock processor, read from the data folder; the run's from vistune's own tokenization.
+    counts = json.loads((tmp_path / "data" / "quick" / "made.json").read_text())["counts"]["2"]
+    for step in run["steps"]:
+        assert step["tokens"] == sum(counts[row][0] for row in step["rows"])
+        assert step["supervised"] == sum(counts[row][1] for row in step["rows"])
+    (parity,) = result["parity"].values()
+    assert parity["same_ids"] and parity["largest_relative_difference"] < 1e-4
+    assert "vistune" in out.with_suffix(".md").read_text()
+
+
+CONFIG = {
+    "vision_feature_layer": -2,
+    "vision_config": {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "image_size": 224,
+        "patch_size": 14,
+    },
+    "text_config": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "vocab_size": 8064,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "vocab", "mean", "published"),
+    [(1, 8064, (290, 33, 1), 35.4), (1, 32064, (290, 33, 1), 38.2), (2, 8064, (436, 92, 0.932), 49.7)],
+)
+def test_flops_of_a_token_are_those_of_an_independent_count(stage, vocab, mean, published):
+    from flops import step_flops
+
+    config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": vocab}}
+    per_token = step_flops(config, [mean], stage) / mean[0] / 1e6
+    assert per_token == pytest.approx(published, rel=0.015)
+
+
+def run_of(who: str, turn: int, cpu: list[float], peak: int, foreign: float = 0.0) -> dict:
+    step = {"tokens": 100, "positions": 125, "supervised": 20, "wall_s": 1.0, "flops": 5e9, "loss": 2.0}
+    steps = [{**step, "cpu_s": seconds, "foreign_cores": foreign} for seconds in cpu]
+    return {"who": who, "round": turn, "cell": [2, "8k", "bf16"], "steps": steps, "peak_bytes": peak}
+
+
+def test_ratios_are_taken_round_by_round_and_the_first_steps_do_not_count():
+    from summary import goal, summarise
+
+    runs = [
+        run_of("trl", 0, [99.0, 4.0, 4.0, 4.0], 1000),
+        run_of("vistune", 0, [50.0, 1.0, 1.0, 1.0], 700),
+        run_of("trl", 1, [99.0, 8.0, 8.0, 8.0], 1000),  # a slower round, for both
+        run_of("vistune", 1, [50.0, 4.0, 4.0, 4.0], 900),
+    ]
+    rows = {row["who"]: row for row in summarise(runs, {"bf16": 1e10}, dropped=1)}
+    assert rows["trl"]["speed"] == pytest.approx((4.0 + 2.0) / 2)
+    assert rows["trl"]["memory"] == pytest.approx(0.8)
+    assert rows["vistune"]["tokens_per_cpu_s"] == pytest.approx((100 + 25) / 2)
+    assert rows["vistune"]["mfu"] == pytest.approx(0.5) and rows["trl"]["padding"] == pytest.approx(0.2)
+    assert goal(rows["trl"], "speed").endswith("yes)") and goal(rows["trl"], "memory").endswith("NO)")
+
+
+def test_contended_steps_are_left_out_where_clean_ones_remain():
+    from summary import steps_that_count
+
+    clean, busy = run_of("trl", 0, [1.0] * 3, 1), run_of("trl", 0, [7.0] * 3, 1, foreign=0.5)
+    mixed = {**clean, "steps": busy["steps"][:2] + clean["steps"] + busy["steps"][2:]}
+    steps, contended = steps_that_count(mixed, dropped=0)
+    assert [s["cpu_s"] for s in steps] == [1.0] * 3 and not contended
+    assert steps_that_count(busy, dropped=0) == (busy["steps"], True)
+
+
+def test_parity_sees_other_ids_and_the_largest_difference_but_no_order_within_a_step():
+    from summary import parity
+
+    def run(losses, ids):
+        return {"steps": [{"loss": x, "ids": i, "labels": i} for x, i in zip(losses, ids, strict=True)]}
+
+    ours = run([2.0, 1.001], [[[1, 2], [3]], [[4]]])
+    found = parity(ours, run([2.0, 1.0], [[[3], [1, 2]], [[4]]]))
+    assert found["same_ids"] and found["largest_relative_difference"] == pytest.approx(1e-3)
+    found = parity(ours, run([2.0, 1.0], [[[3], [1, 2]], [[5]]]))
+    assert not found["same_ids"] and found["first_other_ids"] == 2
+
+
+def test_peak_memory_is_counted_from_the_baseline():
+    import numpy as np
+    from measure import Memory
+
+    memory = Memory()
+    if not memory.how.startswith("VmHWM"):
+        pytest.skip("this system does not let a process set back its high-water mark")
+    block = np.ones(40_000_000, np.uint8)
+    del block
+    assert 38e6 < memory.peak() < 80e6
