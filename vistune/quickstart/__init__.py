@@ -1,0 +1,1 @@
+"""The main job in small: real handwritten digits, tiny parts, both stages, evaluation and export."""
