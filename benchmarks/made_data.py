@@ -77,7 +77,7 @@ class Made:
 
 def make(folder: Path, size: Size = FULL) -> Made:
     """Write data and model folders under `folder` unless they are there already, whole and of this size."""
-    face = {**json.loads(json.dumps(asdict(size))), "layout": 2}
+    face = {**json.loads(json.dumps(asdict(size))), "layout": 3}
     done = folder / "made.json"
     if not (done.is_file() and json.loads(done.read_text())["size"] == face):
         shutil.rmtree(folder, ignore_errors=True)

@@ -35,14 +35,15 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # Jinja of the two stages, with the assistant's spans marked. One space follows the image, so that a single pass of a
-# Metaspace tokenizer gives the ids of the reference, which tokenizes the text after an image by itself.
+# Metaspace tokenizer gives the ids of the reference, which tokenizes the text after an image by itself; so does one
+# after a written BOS, since only the very start of a string gets its space from the tokenizer.
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image> ' }}{% endif %}{% endfor %}"
     "{% else %}{% generation %}{{ m['content'][0]['text'] + '\\n' }}{% endgeneration %}{% endif %}{% endfor %}"
 )
 CHAT = (
-    "{{ bos_token }}" + SYSTEM + "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + ' ' }}" + SYSTEM + "{% for m in messages %}{% if m['role'] == 'user' %}"
     "{{ (' ' if loop.first else '') + 'USER: ' }}"
     "{% for c in m['content'] %}{{ '<image> \\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
     "{% else %}{{ ' ASSISTANT: ' }}"
@@ -100,7 +101,9 @@ def model(folder: Path, source: Path, rows: int, size: Size) -> None:
     """A stock LLaVA folder of random weights with `rows` rows of embedding and head; tokenizer from `source`."""
     import torch
     from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer")
     torch.manual_seed(size.seed)
     config = _config(size, rows, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE))

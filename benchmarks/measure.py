@@ -87,13 +87,19 @@ class StepClock:
 
 def machine() -> dict[str, Any]:
     """Processor, cores and the versions in this environment."""
-    info: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
+    info: dict[str, Any] = {
+        "system": platform.system(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "instructions": [],
+        "torch": torch.__version__,
+    }
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         text = cpuinfo.read_text()
         models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
         flags = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
-        info["processor"] = models[0] if models else platform.processor()
+        info["processor"] = models[0] if models else info["processor"]
         info["instructions"] = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_tile"})
     return info
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -94,7 +93,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         asked.data = asked.data / "full"
     for name in asked.who + asked.parity_with:
         contenders.named(name)
-    name = re.sub(r"[^a-z0-9]+", "-", (platform.node() or "machine").lower())
+    name = re.sub(r"[^a-z0-9]+", "-", machine()["processor"].lower()).strip("-")
     asked.out = asked.out or HERE / "results" / f"train_step_{'quick' if asked.quick else name}.json"
     return asked
 
