@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # older torch, or one built without it: per-segment attention serves
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 NAME = "vistune_packed"
 
@@ -175,7 +175,8 @@ def _call_varlen(
         assert window is None
         more["is_causal"] = True
     assert varlen_attn is not None
-    return varlen_attn(q, k, v, starts, starts, longest, longest, **more)
+    out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, **more)
+    return out
 
 
 @functools.cache

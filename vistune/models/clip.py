@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaImageProcessorPil
 
-from vistune.images import FixedLayout
+from vistune.images import FixedLayout, Layout
 
 
 def see(tower: nn.Module, pixels: Tensor, config: Any) -> Tensor:
@@ -88,11 +88,13 @@ def tokens(config: Any) -> int:
     return positions(config) - class_tokens(config) + extra_tokens(config)
 
 
-def layout(processor: Any, config: Any, image: str | None) -> FixedLayout:
+def layout(processor: Any, config: Any, image: str | None) -> Layout:
     """The layout of a folder's image processor; `image` "square" or "pad" overrides what it says."""
     vision = config.vision_config
     mode: Any = image
-    found = FixedLayout.from_processor(processor, patch=vision.patch_size, extra_tokens=extra_tokens(config), mode=mode)
+    found: Any = FixedLayout.from_processor(
+        processor, patch=vision.patch_size, extra_tokens=extra_tokens(config), mode=mode
+    )
     if found.size != vision.image_size:
         raise ValueError(
             f"the image processor makes images of {found.size} pixels, but config.json says "
@@ -104,7 +106,7 @@ def layout(processor: Any, config: Any, image: str | None) -> FixedLayout:
 def image_processor(layout: FixedLayout) -> LlavaImageProcessorPil:
     """The stock processor with the layout's pixels. It is the one on Pillow: torchvision's resizes differently."""
     stretched = layout.resize is None
-    edge = {"height": layout.size, "width": layout.size}
+    edge: dict[str, Any] = {"height": layout.size, "width": layout.size}
     return LlavaImageProcessorPil(
         do_pad=layout.mode == "pad",
         size=edge if stretched else {"shortest_edge": layout.resize},

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
@@ -86,28 +87,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_model(
-    model_class: Any, folder: Path, dtype: torch.dtype | str, *, extra: str | None = None, **more: Any
+    model_class: Any, folder: Path, dtype: torch.dtype | str, *, extra: str | None = None, finite: bool = True
 ) -> PreTrainedModel:
-    """`from_pretrained` that refuses what it would repair in silence. `extra`: a pattern of weights that may be left."""
+    """`from_pretrained` that refuses what it would repair in silence. `extra`: a pattern of weights to leave out.
+
+    `finite=False` leaves it to the caller to look for values that are not.
+    """
     with quiet():
         try:
             model, info = model_class.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **more,
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder}: {error}") from error
     unexpected = [key for key in info["unexpected_keys"] if not (extra and re.search(extra, key))]
     shapes = [f"{key} is {list(have)}, not {list(want)}" for key, have, want in info["mismatched_keys"]]
     _refuse(folder, "missing", list(info["missing_keys"]))
     _refuse(folder, "not of this model", unexpected)
     _refuse(folder, "of another shape than config.json says", shapes)
-    bad = nonfinite(model)
-    _refuse(folder, "not finite (NaN or infinity)", bad)
+    if finite:
+        _refuse(folder, "not finite (NaN or infinity)", nonfinite(model))
     return model.eval()
 
 
@@ -170,7 +169,7 @@ def save(
 
 
 def check_save(loaded: Loaded, folder: Path | str) -> None:
-    """Write a folder without its weights, open what was written, and remove it: what would fail at the end fails now."""
+    """Write a folder without its weights, open it, remove it: what would fail at the end fails now."""
     folder = Path(folder)
     with _beside(folder) as beside:
         _write_rest(loaded, beside, "", "float32")
@@ -270,6 +269,7 @@ def _write_rest(loaded: Loaded, folder: Path, card: str, dtype: str) -> None:
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         if section is config or "dtype" in section:
             section["dtype"] = dtype
+        section.pop("_name_or_path", None)  # where the parts lay on the machine that joined them
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 

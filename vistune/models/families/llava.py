@@ -128,7 +128,7 @@ def _placeholders(ids: Tensor, pixels: Tensor | None, config: Any) -> Tensor | N
         return where if images else None
     if images == 0:
         return None
-    torch._assert_async(mask.sum() == images * per_image)  # type: ignore[call-overload]
+    torch._assert_async(mask.sum() == images * per_image)
     return torch.nonzero_static(mask, size=images * per_image).squeeze(1)
 
 
