@@ -59,8 +59,8 @@ LATE: dict[str, str] = {
 }
 LATE_FILES = {"cli.py": "a verb imports its room when it is asked for, so that --help answers at once"}
 
-SAME_AS = {"PIL": "pillow"}
-"""Import name -> name in pyproject.toml, where they differ."""
+SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers"}
+"""Import name -> the dependency in pyproject.toml that brings it, where the names differ."""
 
 NO_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc", "manager", "base", "v2"}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_OPENING = 400, 60, 5
