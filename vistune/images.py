@@ -1,0 +1,242 @@
+"""Pictures: decode, resize, pad; how many tokens an image of a given size becomes.
+
+Knows nothing of samples' text, tokenizers or models' weights.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import fsspec
+import numpy as np
+import PIL.Image
+import torch
+
+from vistune.samples import Image
+
+MAX_PIXELS = 500_000_000
+"""Larger images are refused: 1.5 GB of memory each, and far more often an attack or a mistake than a picture."""
+
+# Pillow's own limit is lower and only warns; ours is checked before anything is decoded.
+PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+RGB = tuple[float, float, float]
+Mode = Literal["square", "pad"]
+
+CLIP_MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: RGB = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used: `code` says whether it is not there or not readable, `path` which one."""
+
+    def __init__(self, code: Literal["image_missing", "image_broken"], path: str, reason: str):
+        self.code: Literal["image_missing", "image_broken"] = code
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path or 'image in the row'}: {reason}")
+
+
+def open_image(image: Image) -> PIL.Image.Image:
+    """The image in RGB. Alpha is dropped, not composited, and EXIF orientation is ignored, as the reference does.
+
+    Gray of 16 bits is scaled to 8 (the reference lets it saturate). Raises ImageError.
+    """
+    with _opened(image) as picture:
+        if picture.mode.startswith("I;16"):
+            return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+        if picture.mode in ("I", "F"):
+            raise ImageError(
+                "image_broken", image.path, f"pixels of mode {picture.mode} have no fixed range; save 8 bits"
+            )
+        return picture.convert("RGB")
+
+
+def image_size(image: Image) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone. Raises ImageError."""
+    with _opened(image) as picture:
+        return picture.size
+
+
+@contextmanager
+def _opened(image: Image) -> Iterator[PIL.Image.Image]:
+    """Pillow and its many plugins raise nearly anything on broken bytes: all of it becomes ImageError here."""
+    try:
+        with _source(image) as stream, PIL.Image.open(stream) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(
+                    "image_broken", image.path, f"{width} x {height} pixels are more than {MAX_PIXELS:,}; shrink it"
+                )
+            yield picture
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError("image_missing", image.path, "no such file") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError("image_broken", image.path, f"more than {MAX_PIXELS:,} pixels; shrink it ({error})") from error
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError("image_broken", image.path, "not an image that Pillow knows") from error
+    except Exception as error:
+        raise ImageError("image_broken", image.path, f"{type(error).__name__}: {error}") from error
+
+
+def _source(image: Image) -> Any:
+    if image.data is not None:
+        return io.BytesIO(image.data)
+    if not image.path:
+        raise ImageError("image_missing", image.path, "the row names no image")
+    return fsspec.open(image.path, "rb") if "://" in image.path else open(image.path, "rb")
+
+
+class Layout(Protocol):
+    """How a family lays out an image: size -> number of tokens, picture -> pixels."""
+
+    mean: RGB
+    std: RGB
+    needs_size: bool  # False when `tokens` ignores its arguments: then no header needs to be read
+
+    def tokens(self, width: int, height: int) -> int: ...
+
+    def prepare(self, image: PIL.Image.Image) -> np.ndarray: ...
+
+    def blank(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedLayout:
+    """Every image becomes `size` x `size` pixels, as in LLaVA-1.5.
+
+    "square": the short side is resized to `resize` and the middle is cropped; with `resize=None` the image is stretched
+    instead. "pad": first centred on a square canvas of the mean colour (reference: expand2square), so nothing is lost.
+    """
+
+    mode: Mode = "square"
+    size: int = 336
+    patch: int = 14
+    extra_tokens: int = 0  # beside the patches, such as a class token that is kept
+    resize: int | None = 336
+    mean: RGB = CLIP_MEAN
+    std: RGB = CLIP_STD
+    resample: int = PIL.Image.Resampling.BICUBIC
+    needs_size = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("square", "pad"):
+            raise ValueError(f"image: {self.mode!r} is unknown; choose square or pad")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"image processor: a short side of {self.resize} is less than the crop of {self.size}")
+
+    def tokens(self, width: int = 0, height: int = 0) -> int:
+        """The same for every image: one per patch, and the extra ones."""
+        return (self.size // self.patch) ** 2 + self.extra_tokens
+
+    def prepare(self, image: PIL.Image.Image) -> np.ndarray:
+        """uint8 [3, size, size] of an RGB image. Raises ImageError when it is too long and thin to be resized."""
+        if self.mode == "pad":
+            image = self._padded(image)
+        return np.ascontiguousarray(np.asarray(self._cropped(image)).transpose(2, 0, 1))
+
+    def blank(self) -> np.ndarray:
+        """Stands in for an image that could not be read: the mean colour, uint8 [3, size, size]."""
+        colour = np.array(self._mean_colour(), dtype=np.uint8)
+        return np.ascontiguousarray(np.broadcast_to(colour[:, None, None], (3, self.size, self.size)))
+
+    def _padded(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        width, height = image.size
+        side = max(width, height)
+        if width == height:
+            return image
+        _check_room(side, side, image)
+        canvas = PIL.Image.new("RGB", (side, side), self._mean_colour())
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        return canvas
+
+    def _cropped(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        if self.resize is None:
+            return image.resize((self.size, self.size), self.resample)
+        width, height = image.size
+        long = int(self.resize * max(width, height) / min(width, height))
+        _check_room(self.resize, long, image)
+        wide = (self.resize, long) if width <= height else (long, self.resize)
+        left, top = ((side - self.size) // 2 for side in wide)
+        return image.resize(wide, self.resample).crop((left, top, left + self.size, top + self.size))
+
+    def _mean_colour(self) -> tuple[int, int, int]:
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+    @classmethod
+    def from_processor(
+        cls, image_processor: Any, *, patch: int, extra_tokens: int = 0, mode: Mode | None = None
+    ) -> FixedLayout:
+        """The layout a `transformers` image processor (CLIP, LLaVA, SigLIP) describes; `mode` None: as it says.
+
+        Raises ValueError for a processor that does not give every image one square size.
+        """
+        read = _settings(image_processor)
+        size, resize = _sides(read, mode)
+        normalized = read.get("do_normalize", True)
+        return cls(
+            mode=mode or ("pad" if read.get("do_pad") else "square"),
+            size=size,
+            patch=patch,
+            extra_tokens=extra_tokens,
+            resize=resize,
+            mean=_three(read["image_mean"]) if normalized else (0.0, 0.0, 0.0),
+            std=_three(read["image_std"]) if normalized else (1.0, 1.0, 1.0),
+            resample=int(read["resample"]),
+        )
+
+
+def normalize(pixels: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [N, 3, H, W] -> (x / 255 - mean) / std, computed in fp32 on the pixels' device and cast to `dtype`."""
+    mean = torch.tensor(layout.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(layout.std, device=pixels.device).view(3, 1, 1)
+    return pixels.float().div_(255).sub_(mean).div_(std).to(dtype)
+
+
+def _check_room(width: int, height: int, image: PIL.Image.Image) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            "image_broken",
+            getattr(image, "filename", ""),
+            f"{image.width} x {image.height} is too long and thin: resizing it takes {width} x {height} pixels",
+        )
+
+
+def _settings(image_processor: Any) -> dict[str, Any]:
+    read = image_processor if isinstance(image_processor, dict) else image_processor.to_dict()
+    name = read.get("image_processor_type", type(image_processor).__name__)
+    if not read.get("do_resize", True):
+        raise ValueError(f"image processor {name}: do_resize is false; images of one size are needed")
+    if abs(read.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not read.get("do_rescale", True):
+        raise ValueError(f"image processor {name}: pixels must be rescaled by 1/255")
+    return read
+
+
+def _sides(read: dict[str, Any], mode: Mode | None) -> tuple[int, int | None]:
+    """Final side, and the short side before the crop (None: stretched, no crop)."""
+    size = read["size"] if isinstance(read["size"], dict) else {"shortest_edge": read["size"]}
+    crop = read.get("crop_size") if read.get("do_center_crop") else None
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if (short := size.get("shortest_edge")) is not None:
+        if crop is None and not (mode == "pad" or read.get("do_pad")):
+            raise ValueError('image processor: without a crop, images keep their shape; say image = "pad"')
+        height, width, resize = (crop["height"], crop["width"], short) if crop else (short, short, short)
+    elif "height" in size and "width" in size and crop in (None, size):
+        height, width, resize = size["height"], size["width"], None
+    else:
+        raise ValueError(f"image processor: size {size} with crop {crop} is not understood")
+    if height != width:
+        raise ValueError(f"image processor: {height} x {width} is not square")
+    return int(height), None if resize is None else int(resize)
+
+
+def _three(values: Any) -> RGB:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -1,0 +1,152 @@
+"""Text to token ids with the place of every token in the text, as the reference cuts and tokenizes it.
+
+Knows BOS, SentencePiece's prefix space and `legacy`; knows nothing of messages or templates.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from vistune.samples import IMAGE_ID, IMAGE_MARK
+from vistune.templates import Space
+
+Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Token ids, and where in the text each begins and ends (in characters; begin = end for what stands for no text)."""
+
+_METASPACE = "▁"
+
+
+def prefixes(tokenizer: Any) -> Space:
+    """What a fast tokenizer prefixes by itself to a string ("first") or to each piece between special tokens ("each").
+
+    An old-style `Prepend` normalizer adds to each piece whatever it begins with, so nothing is left to correct: "none".
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    steps = spec.get("pretokenizers", [spec])
+    schemes = [step.get("prepend_scheme") for step in steps if step.get("type") == "Metaspace"]
+    return {"first": "first", "always": "each"}.get(schemes[0], "none") if schemes else "none"  # type: ignore[return-value]
+
+
+class TextEncoder:
+    """Wraps a `transformers` fast tokenizer.
+
+    `placeholder` is the token that the model takes for a piece of an image, where it is not the mark itself. Neither it
+    nor the mark is ever made from text.
+    """
+
+    def __init__(self, tokenizer: Any, placeholder: str | None = None):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; offsets of tokens are needed")
+        self.tokenizer = tokenizer
+        self.space = prefixes(tokenizer)
+        self.legacy = self.space != "none" and bool(getattr(tokenizer, "legacy", False))
+        self._hidden = {IMAGE_MARK, placeholder or IMAGE_MARK, getattr(tokenizer, "image_token", None) or IMAGE_MARK}
+
+    def encode(self, text: str, *, has_images: bool, whole: bool = False) -> Tokens:
+        """Tokenizes `text`, with special tokens; with `has_images` each mark becomes one `IMAGE_ID`.
+
+        Text between images is tokenized chunk by chunk as the reference does; `whole` makes one pass, as the stock
+        processor does.
+        """
+        if whole:
+            return self._whole(text, has_images)
+        parts: list[Tokens] = []
+        position = 0
+        for number, chunk in enumerate(text.split(IMAGE_MARK) if has_images else [text]):
+            if number:
+                parts.append((np.array([IMAGE_ID]), np.array([position]), np.array([position])))
+                position += len(IMAGE_MARK)
+            ids, starts, ends = self.chunk(chunk)
+            skip = 1 if number and self._adds_bos else 0
+            parts.append((ids[skip:], starts[skip:] + position, ends[skip:] + position))
+            position += len(chunk)
+        ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return ids, starts, ends
+
+    def chunk(self, text: str) -> Tokens:
+        """Tokenizes one string by itself, with special tokens, as the slow tokenizers of the reference did."""
+        # A fast tokenizer adds no prefix to text that begins with a space; a slow one always does.
+        bare = self.space == "first" and not self.legacy and text[:1] in (" ", _METASPACE)
+        return _placed(self._by_chunk.encode(" " + text if bare else text), len(text), int(bare))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens shown, `IMAGE_ID` as the mark."""
+        backend = self.tokenizer.backend_tokenizer
+        # What begins a new piece; with `legacy` each piece got a prefix and loses it when decoded alone.
+        alone = {IMAGE_ID, *(backend.get_added_tokens_decoder() if self.legacy else ())}
+        shown: list[str] = []
+        for cut, piece in groupby(ids, key=alone.__contains__):
+            if cut:
+                shown += [IMAGE_MARK if id == IMAGE_ID else backend.id_to_token(id) for id in piece]
+            else:
+                shown.append(backend.decode(list(piece), skip_special_tokens=False))
+        return "".join(shown)
+
+    def _whole(self, text: str, has_images: bool) -> Tokens:
+        backend = self._marked if has_images else self._unmarked
+        bos = self.tokenizer.bos_token
+        written = bool(bos) and text.startswith(bos)  # by the template; the stock processor adds no second one
+        ids, starts, ends = _placed(backend.encode(text, add_special_tokens=not written), len(text), 0)
+        if has_images:
+            ids = np.where(ids == backend.token_to_id(IMAGE_MARK), IMAGE_ID, ids)
+        return ids, starts, ends
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        ids, starts, ends = self.chunk("a")
+        return bool(ids[0] == self.tokenizer.bos_token_id and starts[0] == ends[0])
+
+    @cached_property
+    def _by_chunk(self) -> Tokenizer:
+        return self._backend(self._hidden, legacy=self.legacy)
+
+    @cached_property
+    def _unmarked(self) -> Tokenizer:
+        return self._backend(self._hidden, legacy=False)
+
+    @cached_property
+    def _marked(self) -> Tokenizer:
+        backend = self._backend(self._hidden - {IMAGE_MARK}, legacy=False)
+        backend.add_special_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)])
+        return backend
+
+    def _backend(self, hidden: set[str], *, legacy: bool) -> Tokenizer:
+        """A copy of the tokenizer's backend: never truncates or pads, exact offsets, `hidden` tokens out of reach."""
+        spec = _untrimmed(json.loads(self.tokenizer.backend_tokenizer.to_str()))
+        spec |= {"truncation": None, "padding": None}
+        for token in spec["added_tokens"]:
+            if token["content"] in hidden:  # renamed, not removed: the ids of the others must not move
+                token["content"] = f"\U000f0000{token['id']}\U000f0000"
+        if legacy:
+            prepend = {"type": "Prepend", "prepend": _METASPACE}
+            replace = {"type": "Replace", "pattern": {"String": " "}, "content": _METASPACE}
+            before = [spec["normalizer"]] if spec["normalizer"] else []
+            spec["normalizer"] = {"type": "Sequence", "normalizers": [*before, prepend, replace]}
+            spec["pre_tokenizer"] = None
+        backend = Tokenizer.from_str(json.dumps(spec))
+        assert all(backend.token_to_id(token["content"]) == token["id"] for token in spec["added_tokens"])
+        return backend
+
+
+def _placed(encoding: Any, length: int, shift: int) -> Tokens:
+    """Ids and offsets in the original text, which was encoded with `shift` characters more at its start."""
+    ids = np.array(encoding.ids, dtype=np.int64)
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    starts = np.clip(offsets[:, 0] - shift, 0, length)
+    # A prefix space has no character of its own: it goes with the first one.
+    ends = np.clip(np.maximum(offsets[:, 1] - shift, starts + 1), 0, length)
+    added = np.array(encoding.special_tokens_mask, dtype=bool)
+    return ids, starts, np.where(added, starts, ends)
+
+
+def _untrimmed(spec: Any) -> Any:
+    """Byte-level tokenizers may report offsets without the spaces of a token; a space belongs to its token here."""
+    if isinstance(spec, dict):
+        return {key: False if key == "trim_offsets" else _untrimmed(value) for key, value in spec.items()}
+    return [_untrimmed(value) for value in spec] if isinstance(spec, list) else spec
