@@ -1,0 +1,137 @@
+"""The index: what it counts, how it is kept, and when it is made anew."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import make_language, turns
+
+from vistune.data.formats import open_source
+from vistune.data.index import COLUMNS, _Measure, build_index, open_index
+from vistune.data.tokenize import tokenize
+
+ROWS = [
+    {"id": "a", "image": "a.png", "conversations": turns("<image>\nWhat?", "Red")},
+    {"id": "b", "conversations": turns("Hi", "Hello there")},
+    {"id": "gone", "image": "gone.png", "conversations": turns("<image>\nWhat?", "Red")},
+    {"id": "empty", "image": "empty.jpg", "conversations": turns("<image>\nWhat?", "Red")},
+    {"id": "mute", "conversations": turns("Hi", "")},
+    {"id": "two", "image": ["a.png", "b.jpg"], "conversations": turns("<image>\nOne", "x", "<image>\nTwo", "y " * 90)},
+    {"id": "long", "conversations": turns("Hi", "Hello " * 300)},
+]
+CODES = {2: "image_missing", 3: "image_broken", 4: "empty_answer"}
+
+
+@pytest.fixture
+def source(write_rows, pictures):
+    return open_source(str(write_rows(ROWS)), images=str(pictures), name="mine")
+
+
+def test_columns_are_what_tokenize_says(source, language):
+    index = build_index([source, source], language, 120)
+    assert len(index) == 14 and index.source.tolist() == [0] * 7 + [1] * 7
+    assert index.row.tolist() == [*range(7), *range(7)]
+    for position in range(7):
+        if position in CODES:
+            assert index.fault[position] and not index.tokens(np.array([position]))[0]
+            continue
+        tokens = tokenize(source[position], language, 120)
+        assert index.tokens(np.array([position])).tolist() == [len(tokens.ids)]
+        assert index.supervised[position] == tokens.supervised
+        assert index.images[position] == len(tokens.images) and index.image[position] == 4 * len(tokens.images)
+        assert index.shortened[position] == tokens.shortened == (position in (5, 6))
+    assert {fault.row: fault.code for fault in index.faults} == CODES
+    assert {column.dtype for column in index.columns.values()} == {np.dtype(kind) for kind in COLUMNS.values()}
+    assert index.faults[0].path.endswith("gone.png") and index.faults[0].source == "mine"
+
+
+def test_workers_and_disk_change_nothing(write_rows, tmp_path, language):
+    rows = [{"conversations": turns("Hi " * (i % 9), "Yes " * (i % 5))} for i in range(2500)]
+    source = open_source(str(write_rows(rows)), cache=tmp_path)
+    here = build_index([source], language, 120)
+    kept = build_index([source], language, 120, cache=tmp_path, workers=2)
+    assert kept.hash == here.hash and kept.faults == here.faults and len(here.faults) > 100
+    for name in COLUMNS:
+        assert isinstance(kept.columns[name], np.memmap)
+        assert kept.columns[name].tolist() == here.columns[name].tolist()
+    assert kept.folder is not None
+    assert len(pickle.dumps(kept)) < 1000 < len(pickle.dumps(here))
+    assert pickle.loads(pickle.dumps(kept)).tokens(np.arange(9)).tolist() == here.tokens(np.arange(9)).tolist()
+
+
+def test_what_a_worker_is_sent_works_there(source, language):
+    """Started by spawn a worker gets it all pickled; starting one takes too long for a test."""
+    measure = _Measure((source,), language, 120)
+    here, there = (m((0, 0, 7)) for m in (measure, pickle.loads(pickle.dumps(measure))))
+    assert here.digest == there.digest and here.faults == there.faults
+
+
+def test_an_error_in_a_worker_ends_the_build_and_leaves_nothing(source, tmp_path):
+    broken = replace(make_language(), layout=None)
+    with pytest.raises(AttributeError):
+        build_index([source], broken, 120, cache=tmp_path / "cache", workers=2)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def built_again(monkeypatch, *args, **kwargs) -> bool:
+    """Whether this call measures rows, rather than taking what is kept."""
+    calls = []
+    monkeypatch.setattr("vistune.data.index.tokenize", lambda *a, **k: calls.append(1) or tokenize(*a, **k))
+    build_index(*args, **kwargs)
+    return len(calls) > sum(code.startswith("image_") for code in CODES.values())
+
+
+def test_what_is_kept_is_used_until_something_changes(write_rows, pictures, tmp_path, monkeypatch, source, language):
+    cache = tmp_path / "cache"
+    assert built_again(monkeypatch, [source], language, 120, cache=cache)
+    assert not built_again(monkeypatch, [source], language, 120, cache=cache)
+    assert built_again(monkeypatch, [source], language, 121, cache=cache)
+    assert built_again(monkeypatch, [source, source], language, 120, cache=cache)
+    assert built_again(monkeypatch, [source], make_language(name="llava_v1"), 120, cache=cache)
+    assert built_again(monkeypatch, [source], make_language(needs_size=True), 120, cache=cache)
+    assert built_again(monkeypatch, [source], make_language("qwen2_like", "qwen_2"), 120, cache=cache)
+    path = write_rows([*ROWS, ROWS[0]])
+    assert built_again(monkeypatch, [open_source(str(path), images=str(pictures))], language, 120, cache=cache)
+
+
+def test_a_mended_picture_is_noticed(pictures, tmp_path, source, language):
+    before = build_index([source], language, 120, cache=tmp_path / "cache")
+    PIL.Image.new("RGB", (10, 10)).save(pictures / "gone.png")
+    after = build_index([source], language, 120, cache=tmp_path / "cache")
+    assert {fault.row for fault in before.faults} - {fault.row for fault in after.faults} == {2}
+    assert after.fault[2] == 0 and after.hash != before.hash
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_folder_that_was_not_finished_is_made_again(tmp_path, source, language):
+    index = build_index([source], language, 120, cache=tmp_path / "cache")
+    assert index.folder is not None
+    (index.folder / "meta.json").write_text("{")
+    assert build_index([source], language, 120, cache=tmp_path / "cache").hash == index.hash
+    assert json.loads((index.folder / "meta.json").read_text())["rows"] == 7
+    assert open_index(index.folder).faults == index.faults
+
+
+def test_the_hash_is_of_the_content_not_of_the_place(write_rows, pictures, tmp_path, language):
+    path = write_rows(ROWS)
+    moved = tmp_path / "elsewhere" / "rows.json"
+    moved.parent.mkdir()
+    shutil.copy(path, moved)
+    one, two = (
+        build_index([open_source(str(p), images=str(pictures), name="n")], language, 120) for p in (path, moved)
+    )
+    assert one.hash == two.hash
+    swapped = [{**ROWS[1], "conversations": turns("Hi", "there Hello")} if row["id"] == "b" else row for row in ROWS]
+    other = build_index([open_source(str(write_rows(swapped)), images=str(pictures))], language, 120)
+    assert other.text.tolist() == one.text.tolist() and other.hash != one.hash
+
+
+def test_too_many_sources(source, language):
+    with pytest.raises(ValueError, match="65535"):
+        build_index([source] * 65536, language, 120)

@@ -1,0 +1,139 @@
+"""Steps of a plan as micro-batches, read here or in worker processes with the same bytes either way.
+
+Knows where samples come from and in which order; nothing of what is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vistune.data.batch import Batch, Item, Planned, collate, read_item
+from vistune.data.formats import Reader
+from vistune.data.plan import Plan
+from vistune.data.processes import context
+from vistune.data.tokenize import Language
+
+
+def load(
+    plan: Plan,
+    readers: Sequence[Reader],
+    language: Language,
+    *,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    packs_per_micro: int = 1,
+    pad_to: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of steps `start_step` to `stop_step` (the run's end if None), one list a step.
+
+    `prefetch` steps are made ahead in every worker. With a GPU present the tensors come in pinned memory. Errors of a
+    worker are raised here as they are; faults of rows and images come with the batch.
+    """
+    steps = _Steps(plan, tuple(readers), language, rank, world, packs_per_micro, pad_to)
+    wanted = range(start_step, plan.steps if stop_step is None else stop_step)
+    if not workers:
+        yield from map(steps.batches, wanted)
+        return
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=context(),
+        generator=torch.Generator(),  # else it draws from the global one, and the workers change the run's randomness
+    )
+    for parcel in loader:
+        if isinstance(parcel, Exception):
+            raise parcel
+        yield _unwrap(parcel)
+
+
+@dataclass
+class _Steps(Dataset):
+    """Item k is step k of this rank, as a worker sends it."""
+
+    plan: Plan
+    readers: tuple[Reader, ...]
+    language: Language
+    rank: int
+    world: int
+    packs_per_micro: int
+    pad_to: int
+
+    def __post_init__(self) -> None:
+        assert self.plan.steps_per_epoch  # counted once here, not once in every worker
+
+    def __getitem__(self, k: int) -> _Parcel | Exception:
+        try:
+            return _wrap(self.batches(k))
+        except (ValueError, OSError) as error:  # the loader would raise another of the same type with a longer text
+            return error
+
+    def batches(self, k: int) -> list[Batch]:
+        micros = self.plan.micro_batches(k, self.rank, self.world, self.packs_per_micro)
+        return [collate([self._item(position) for pack in micro for position in pack], self.pad_to) for micro in micros]
+
+    def _item(self, position: int) -> Item:
+        columns = self.plan.index.columns
+        planned = Planned(
+            source=int(columns["source"][position]),
+            row=int(columns["row"][position]),
+            tokens=int(columns["text"][position]) + int(columns["image"][position]),
+            images=int(columns["images"][position]),
+        )
+        return read_item(self.readers[planned.source], planned, self.language, self.plan.index.length)
+
+
+@dataclass
+class _Parcel:
+    """A step on its way from a worker: each tensor sent costs an open file, so there are two for the whole step."""
+
+    integers: Tensor  # int64: ids, positions, rows, targets of batch after batch
+    pixels: Tensor | None
+    sizes: list[int]  # of the parts of `integers`
+    images: list[int]  # of every batch
+    batches: list[Batch]  # without their tensors
+
+    def pin_memory(self) -> _Parcel:
+        pixels = None if self.pixels is None else self.pixels.pin_memory()
+        return replace(self, integers=self.integers.pin_memory(), pixels=pixels)
+
+
+def _wrap(batches: list[Batch]) -> _Parcel:
+    parts = [part for batch in batches for part in (batch.ids, batch.positions, batch.rows, batch.targets)]
+    pixels = [batch.pixels for batch in batches if batch.pixels is not None]
+    none = torch.empty(0, dtype=torch.int64)
+    return _Parcel(
+        integers=torch.cat(parts),
+        pixels=torch.cat(pixels) if pixels else None,
+        sizes=[len(part) for part in parts],
+        images=[0 if batch.pixels is None else len(batch.pixels) for batch in batches],
+        batches=[replace(batch, ids=none, positions=none, rows=none, targets=none, pixels=None) for batch in batches],
+    )
+
+
+def _unwrap(parcel: _Parcel) -> list[Batch]:
+    parts = iter(parcel.integers.split(parcel.sizes))
+    images = [None] * len(parcel.images) if parcel.pixels is None else parcel.pixels.split(parcel.images)
+    return [
+        replace(
+            batch,
+            ids=next(parts),
+            positions=next(parts),
+            rows=next(parts),
+            targets=next(parts),
+            pixels=pixels if count else None,
+        )
+        for batch, pixels, count in zip(parcel.batches, images, parcel.images, strict=True)
+    ]

@@ -1,0 +1,16 @@
+"""How worker processes are started: by fork where the system can, since that copies nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.context import BaseContext
+
+
+def context() -> BaseContext:
+    """`fork` if there is one, else `spawn`. Set VISTUNE_WORKERS=spawn where forking is not safe."""
+    # Tokenizers warn on every fork unless told that threads of theirs are not wanted; workers are the threads here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wanted = os.environ.get("VISTUNE_WORKERS", "fork")
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context(wanted if wanted in methods else "spawn")
