@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -201,6 +202,8 @@ def test_broken_bytes(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         open_image(Image(data=data, path="folder/x.jpg"))
     assert (caught.value.code, caught.value.path) == ("image_broken", "folder/x.jpg")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.code, copy.path, str(copy)) == ("image_broken", "folder/x.jpg", str(caught.value))
 
 
 @pytest.mark.parametrize("seed", range(40))

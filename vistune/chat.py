@@ -43,6 +43,9 @@ class ChatError(ValueError):
         self.reason = reason
         super().__init__(f"{code}: {reason}")
 
+    def __reduce__(self) -> tuple[Any, ...]:  # it crosses from a worker to its parent
+        return type(self), (self.code, self.reason)
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -40,6 +40,9 @@ class ImageError(ValueError):
         self.reason = reason
         super().__init__(f"{path or 'image in the row'}: {reason}")
 
+    def __reduce__(self) -> tuple[Any, ...]:  # it crosses from a worker to its parent
+        return type(self), (self.code, self.path, self.reason)
+
 
 def open_image(image: Image) -> PIL.Image.Image:
     """The image in RGB. Alpha is dropped, not composited, and EXIF orientation is ignored, as the reference does.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -137,10 +137,11 @@ class TextEncoder:
 def _placed(encoding: Any, length: int, shift: int) -> Tokens:
     """Ids and offsets in the original text, which was encoded with `shift` characters more at its start."""
     ids = np.array(encoding.ids, dtype=np.int64)
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    starts = np.clip(offsets[:, 0] - shift, 0, length)
+    flat = chain.from_iterable(encoding.offsets)
+    offsets = np.fromiter(flat, dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+    starts = np.minimum(np.maximum(offsets[:, 0] - shift, 0), length)
     # A prefix space has no character of its own: it goes with the first one.
-    ends = np.clip(np.maximum(offsets[:, 1] - shift, starts + 1), 0, length)
+    ends = np.minimum(np.maximum(offsets[:, 1] - shift, starts + 1), length)
     added = np.array(encoding.special_tokens_mask, dtype=bool)
     return ids, starts, np.where(added, starts, ends)
 
