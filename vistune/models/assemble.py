@@ -148,7 +148,7 @@ def _set_tie(model: Any, tie: bool | None) -> None:
 
 
 def grow_vocabulary(model: Any, tokens: int) -> None:
-    """Room for `tokens` ids, padded to a multiple of 64. New rows of embedding and head are the mean of the old ones."""
+    """Room for `tokens` ids, padded to a multiple of 64. New rows of embedding and head are the old ones' mean."""
     old = model.model.embed_tokens.weight
     rows = -(-max(tokens, len(old)) // VOCABULARY_STEP) * VOCABULARY_STEP
     tied = model.lm_head.weight is old

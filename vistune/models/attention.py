@@ -83,13 +83,23 @@ def attend(
     return _per_segment(query, key, value, segments, scaling, window, dropout), None
 
 
-def _stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-    """Stock sdpa, in fp32 where that is the faster kernel; a float mask has to have the query's dtype."""
-    mask = rest[0]
-    if _upcast(query) and (mask is None or mask.dtype == torch.bool):
-        out = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *rest, **kwargs)[0]
-        return out.to(query.dtype)
-    return sdpa_attention_forward(module, query, key, value, *rest, **kwargs)[0]
+def _stock(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Stock sdpa, in fp32 where that is the faster kernel."""
+    if not _upcast(query):
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scale, **kwargs)[0]
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = query.float(), key.float(), value.float()
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        return sdpa_attention_forward(module, q, k, v, mask, dropout, scale, **kwargs)[0].to(query.dtype)
 
 
 def _upcast(query: Tensor) -> bool:
@@ -127,21 +137,17 @@ def _causal(
 ) -> Tensor:
     """`count` segments of `length`: [1,H,count*length,d] -> [1,count*length,H,d]."""
     q, k, v = (x.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-    if upcast := _upcast(query):
-        q, k, v = q.float(), k.float(), v.float()
     banded = window is not None and window < length
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=_band(length, window, q.device) if banded and window is not None else None,
-        is_causal=not banded,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    out = out.transpose(1, 2).flatten(0, 1).unsqueeze(0)
-    return out.to(query.dtype) if upcast else out
+    mask = _band(length, window, q.device) if banded and window is not None else None
+    grouped = q.shape[1] != k.shape[1]
+    if _upcast(query):
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), mask, dropout, not banded, scale=scale, enable_gqa=grouped
+            ).to(query.dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, not banded, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1).unsqueeze(0)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -112,7 +112,7 @@ def _compare_weights(part: str, source: nn.Module, ours: nn.Module) -> Row:
     wanted = dict(source.named_parameters())
     if missing := wanted.keys() ^ held.keys():
         wrong = f"{min(missing)} is on one side only; likely cause: the source is not the one it was assembled from"
-    for name in wanted.keys() & held.keys():
+    for name in (name for name in wanted if name in held):
         one, other = wanted[name], held[name][: len(wanted[name])] if wanted[name].ndim else held[name]
         if not torch.equal(one, other):
             worst = max(worst, _difference(one, other))
@@ -146,7 +146,11 @@ def _cause(part: str, depth: int, one: Tensor, other: Tensor, source: Any, ours:
                 f"{where}: {name} output is not finite; likely cause: {state.dtype} is too narrow, or the weights are"
             )
     keys = [key for key, value in source.config.to_dict().items() if getattr(ours.config, key, None) != value]
-    keys = [key for key in keys if key not in ("vocab_size", "dtype", "_name_or_path", "architectures")]
+    keys = [
+        key
+        for key in keys
+        if key not in ("vocab_size", "dtype", "_name_or_path", "architectures", "transformers_version")
+    ]
     cause = f"config keys differ: {', '.join(keys)}" if keys else "its weights differ, see the row above"
     return f"{where}: outputs differ; likely cause: {cause}"
 
