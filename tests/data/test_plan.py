@@ -41,9 +41,9 @@ def test_permutation_is_a_bijection(size, key):
 
 def test_permutation_of_very_many_is_quick_mixed_and_pinned():
     big = Permutation(85_000_000, 0, 0)
-    begin = time.perf_counter()
+    begin = time.process_time()
     moved = big(np.arange(100_000))
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert len(np.unique(moved)) == 100_000 and moved.min() >= 0 and moved.max() < 85_000_000
     # Neighbours must not stay neighbours, and every part of the range is reached alike.
     assert abs(np.corrcoef(moved[:-1], moved[1:])[0, 1]) < 0.02
@@ -152,9 +152,9 @@ def test_packs_are_full_and_quickly_made():
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5, 0.8, 60_000).astype(int) + 576, 1, 2048)
     plan = Plan(make_index(lengths, length=8192), batch=16, unit="packs", length=8192)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert plan.steps_per_epoch
-    assert time.perf_counter() - begin < 5  # 0.3 s alone on one core
+    assert time.process_time() - begin < 5  # 0.3 s alone on one core
     facts = plan.describe()
     assert facts["padding_share"] < 0.03  # no sample is shorter than an image, so gaps below 577 stay
     assert facts["tokens"] == lengths.sum() and facts["samples"] == 60_000
