@@ -54,13 +54,13 @@ def stage0(folder: Path, kind: str = "llama", template: str = "v1") -> Path:
     return folder / "stage0"
 
 
-def made_recipe(start: Path, data: Path, run: Path, **sections: dict[str, Any]) -> recipes.Recipe:
+def made_recipe(start: Path, file: Path, run: Path, /, **sections: dict[str, Any]) -> recipes.Recipe:
     """A small fp32 recipe on the CPU; `sections` are laid over it."""
     tree: dict[str, Any] = {
         "name": "made",
         "run": str(run),
         "model": {"start": str(start)},
-        "data": {"sources": [{"path": str(data), "images": str(data.parent / "images")}], "length": 256, "workers": 0},
+        "data": {"sources": [{"path": str(file), "images": str(file.parent / "images")}], "length": 256, "workers": 0},
         "learn": {"connector": 1e-3, "language": 2e-4},
         "train": {"batch": 8, "precision": "fp32", "device": "cpu", "steps": 6, "seed": 3},
         "checkpoint": {"every": 2, "keep": 2},

@@ -81,3 +81,6 @@ class SampleError(ValueError):
         self.fault = fault
         where = f"{fault.source}:{fault.row}" + (f" (id {fault.id})" if fault.id else "")
         super().__init__(f"{where}: {fault.code}: {fault.reason}" + (f": {fault.path}" if fault.path else ""))
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[Fault]]:
+        return type(self), (self.fault,)  # so that it crosses from a worker process

@@ -2,10 +2,11 @@
 aside, what a checkpoint holds."""
 
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
+import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,10 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.made import made_data, made_recipe, stage0
+from vistune import cli
 from vistune import recipe as recipes
 from vistune.train import checkpoint, learn, loop, metrics, stage
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_a_connector_checkpoint_holds_only_the_connector(start, data, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_true", "fp16"])
 def test_resume_is_bit_for_bit(start, data, tmp_path, precision):
     """Stopped by a fault after step 3, taken up from the checkpoint of step 2."""
-    train = {"precision": precision}
+    train = {"precision": precision, "batch": 4}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     stage.run(made_recipe(start, data, whole, train=train))
     real = loop.Loop.step
@@ -161,49 +161,64 @@ def test_resume_is_bit_for_bit(start, data, tmp_path, precision):
         assert torch.equal(value, weights(broken)[name]), name
 
 
-def command(recipe: recipes.Recipe, folder: Path, *words: str, processes: int = 1) -> list[str]:
+def start_run(recipe: recipes.Recipe, folder: Path, *words: str, rank: int = 0, world: int = 1, port: int = 0):
+    """`vistune train` in a process forked from this one, which has imported everything already."""
     file = folder / "recipe.toml"
     file.write_text(recipes.dump(recipe))
-    run = [sys.executable, "-m"]
-    if processes > 1:
-        run += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [*run, "vistune", "train", str(file), *words]
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_train, args=(["train", str(file), *words], folder, rank, world, port))
+    process.start()
+    return process
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+def _train(arguments: list[str], folder: Path, rank: int, world: int, port: int) -> None:
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with (folder / f"output-{rank}.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        code = cli._run(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finish_run(process, folder: Path, code: int = 0) -> str:
+    process.join(120)
+    output = (folder / "output-0.txt").read_text()
+    assert process.exitcode == code, output[-3000:]
+    return output
+
+
+def run_both(recipe: recipes.Recipe, folder: Path, *words: str) -> str:
+    """Two ranks over gloo on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [start_run(recipe, folder, *words, rank=rank, world=2, port=port) for rank in (0, 1)]
+    outputs = [finish_run(process, folder) for process in both]
+    return outputs[0]
 
 
 def test_kill_at_random_moments(start, data, tmp_path):
     """kill -9 ten times, saves included (every step saves), then to the end: the same losses and weights."""
-    steps = {"steps": 40, "batch": 4}
-    every = {"every": 1}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    recipe = made_recipe(start, data, whole, train=steps, checkpoint=every)
-    began = time.monotonic()
-    subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, check=True, capture_output=True)
-    seconds = time.monotonic() - began
+    recipe = made_recipe(start, data, whole, train={"steps": 40, "batch": 4}, checkpoint={"every": 1})
+    finish_run(start_run(recipe, tmp_path), tmp_path)
     draw = random.Random(1)
     kills = 0
     for _ in range(10):
-        process = subprocess.Popen(
-            command(recipe, tmp_path, f"run={killed}"),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        before = len(checkpoint.folders(killed)) and checkpoint.folders(killed)[-1].name
-        deadline = time.monotonic() + seconds * 2
-        while process.poll() is None and time.monotonic() < deadline:
-            found = checkpoint.folders(killed)
-            if found and found[-1].name != before:
-                break
+        before = checkpoint.folders(killed)[-1:]
+        process = start_run(recipe, tmp_path, f"run={killed}")
+        while process.is_alive() and checkpoint.folders(killed)[-1:] == before:
             time.sleep(0.002)
-        time.sleep(draw.random() * 0.15)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    subprocess.run(command(recipe, tmp_path, f"run={killed}"), env=ENVIRONMENT, check=True, capture_output=True)
+        time.sleep(draw.random() * 0.1)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    finish_run(start_run(recipe, tmp_path, f"run={killed}"), tmp_path)
     assert kills >= 5
     assert losses(killed) == losses(whole)
     for name, value in weights(whole).items():
@@ -213,37 +228,31 @@ def test_kill_at_random_moments(start, data, tmp_path):
 def test_sigterm_saves_and_the_same_command_goes_on(start, data, tmp_path):
     run = tmp_path / "run"
     recipe = made_recipe(start, data, run, train={"steps": 60, "batch": 4}, checkpoint={"every": 1000})
-    process = subprocess.Popen(command(recipe, tmp_path), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = start_run(recipe, tmp_path)
     while not (run / "metrics.jsonl").exists() or not metrics.read(run):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate()[1]
-    assert process.returncode == 143, error
-    saved = checkpoint.folders(run)[-1]
-    assert 0 < int(saved.name.split("-")[1]) < 60 and "goes on from there" in error
-    subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, check=True, capture_output=True)
+    process.terminate()
+    output = finish_run(process, tmp_path, code=143)
+    assert 0 < int(checkpoint.folders(run)[-1].name.split("-")[1]) < 60 and "goes on from there" in output
+    finish_run(start_run(recipe, tmp_path), tmp_path)
     assert len(losses(run)) == 60
 
 
-def test_two_processes_equal_one(start, data, tmp_path):
+def test_two_ranks_equal_one(start, data, tmp_path):
     """The samples of every step are the same set and order; losses agree to 1e-5; a run of one goes on as two."""
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "more"
     recipe = made_recipe(start, data, one, checkpoint={"every": 3, "keep": 9})
-    subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, check=True, capture_output=True)
-    done = subprocess.run(command(recipe, tmp_path, f"run={two}", processes=2), env=ENVIRONMENT, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    finish_run(start_run(recipe, tmp_path), tmp_path)
+    run_both(recipe, tmp_path, f"run={two}")
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    tokens = [[row[k] for k in ("tokens", "supervised", "samples")] for row in metrics.read(one)]
-    assert tokens == [[row[k] for k in ("tokens", "supervised", "samples")] for row in metrics.read(two)]
-    import shutil
-
-    both = tmp_path / "both"
-    shutil.copytree(one, both, ignore=shutil.ignore_patterns("model", "summary.json", "step-00000006"))
-    done = subprocess.run(command(recipe, tmp_path, f"run={both}", processes=2), env=ENVIRONMENT, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert b"step 3 of 6" in done.stdout
-    assert losses(both) == pytest.approx(losses(one), abs=1e-5)
+    counts = [
+        [[row[k] for k in ("tokens", "supervised", "samples")] for row in metrics.read(run)] for run in (one, two)
+    ]
+    assert counts[0] == counts[1]
+    shutil.copytree(one, more, ignore=shutil.ignore_patterns("model", "summary.json", "step-00000006"))
+    assert "step 3 of 6" in run_both(recipe, tmp_path, f"run={more}")
+    assert losses(more) == pytest.approx(losses(one), abs=1e-5)
 
 
 def test_another_recipe_is_named_and_refused(start, data, tmp_path):
@@ -290,12 +299,11 @@ def test_a_picture_that_breaks_after_the_index_goes_to_the_ledger(start, tmp_pat
 
 def test_above_the_cap_the_run_stops_with_exit_code_2(start, tmp_path):
     data = made_data(tmp_path / "data", rows=40)
-    for picture in sorted((data.parent / "images").iterdir())[:12]:
+    for picture in sorted((data.parent / "images").iterdir())[:20]:
         picture.unlink()
     recipe = made_recipe(start, data, tmp_path / "run")
-    done = subprocess.run(command(recipe, tmp_path), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "more than the 10 that data.quarantine_cap allows" in done.stderr and "Traceback" not in done.stderr
+    output = finish_run(start_run(recipe, tmp_path), tmp_path, code=2)
+    assert "more than the 10 that data.quarantine_cap allows" in output and "Traceback" not in output
 
 
 def test_non_finite_steps_are_skipped_then_stop_with_the_samples(start, data, tmp_path, monkeypatch):

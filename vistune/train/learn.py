@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vistune.models.families import Family
@@ -110,8 +111,6 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write the adapters in peft's layout, beside and then renamed: adapter_config.json, adapter_model.safetensors."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
-    from safetensors.torch import save_file
-
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

@@ -182,7 +182,8 @@ class Loop:
                 continue
             with parallel.autocast(self.recipe.train.precision, self.dtype, self.device):
                 loss = self.module(batch.to(self.device))
-            (loss * factor).backward()
+            if loss.requires_grad:  # a batch of text alone leaves a lone connector untouched
+                (loss * factor).backward()
             total += loss.detach()
         return float(ranks.all_sum(total)) / max(1, supervised)
 

@@ -6,6 +6,7 @@ checkpointing -> (compile) -> (sharding).
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -53,7 +54,9 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
             "the steps and their results are the same"
         )
     if recipe.train.checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every release we take
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
 def sum_gradients(gradients: list[Tensor]) -> None:

@@ -120,7 +120,7 @@ def read_data(recipe: Recipe, loaded: models.Loaded, folder: Path) -> Data:
     for first in (True, False):
         if ranks.is_first() is first:
             readers = [open_source(s.path, s.format, s.images, s.name, cache) for s in recipe.data.sources]
-            index = build_index(readers, language, recipe.data.length, cache, workers=recipe.data.workers)
+            index = build_index(readers, language, recipe.data.length, cache=cache, workers=recipe.data.workers)
         ranks.barrier()
     assert index is not None
     plan = Plan(
