@@ -183,9 +183,9 @@ def test_weights_that_do_not_fit_are_refused(stage0, tmp_path):
         load(edited(stage0, tmp_path / "d", lambda t: t[gone].fill_(float("inf"))))
     with pytest.raises(ValueError, match="no such folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config.json"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="not a whole safetensors file|nowhere|header|[Ii]ncomplete"):
+    with pytest.raises(ValueError, match=r"not a whole safetensors file|nowhere|header|[Ii]ncomplete"):
         cut = copied(stage0, tmp_path / "e") / weights.SINGLE
         cut.write_bytes(cut.read_bytes()[:-100])
         load(tmp_path / "e")

@@ -6,7 +6,7 @@ Knows the stock Llava class and where parts come from; what it did is proved by 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -166,7 +166,7 @@ def _grown(weight: nn.Parameter, rows: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([weight.detach(), mean.expand(rows - len(weight), -1)]))
 
 
-def _strategy(vision_model: Any, select: str) -> str:
+def _strategy(vision_model: Any, select: str) -> Literal["default", "full"]:
     """The stock class's word for which tokens of the tower are used."""
     has_class = vision_model.config.model_type.startswith("clip")
     if select == "patch":

@@ -109,7 +109,7 @@ def image_processor(layout: FixedLayout) -> LlavaImageProcessorPil:
     edge: dict[str, Any] = {"height": layout.size, "width": layout.size}
     return LlavaImageProcessorPil(
         do_pad=layout.mode == "pad",
-        size=edge if stretched else {"shortest_edge": layout.resize},
+        size=edge if layout.resize is None else {"shortest_edge": layout.resize},
         do_center_crop=not stretched,
         crop_size=edge,
         image_mean=list(layout.mean),
