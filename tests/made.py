@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from vistune.models.assemble import assemble
 
 from tests.tiny import tiny_language, tiny_vision
 from vistune import recipe as recipes
+from vistune.models.assemble import assemble
 
 WORDS = "the red cup stands on a small wooden table near two green boats and one tall old tree by the lake"
 

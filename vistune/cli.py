@@ -132,9 +132,10 @@ def data_show(
 
     from vistune import chat
     from vistune.data import formats, show
+    from vistune.text_encoder import open_encoder
 
     chosen = chat.template(template)
-    encoder = chat.load_encoder(tokenizer)
+    encoder = open_encoder(tokenizer)
     chat.check_fits(chosen, encoder.tokenizer)
     shown = show.rows(formats.open_source(str(file), format, images or ""), chosen, encoder)
     for one in islice(shown, rows or None):

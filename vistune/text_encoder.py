@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
 
 from vistune.samples import IMAGE_ID, IMAGE_MARK
 from vistune.templates import Space
@@ -20,6 +22,18 @@ Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Token ids, and where in the text each begins and ends (in characters; begin = end for what stands for no text)."""
 
 _METASPACE = "▁"
+
+
+def open_encoder(folder: Path | str) -> TextEncoder:
+    """The encoder of a tokenizer's or a model's folder. Raises ValueError when there is no fast tokenizer in it."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer {folder}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"tokenizer {folder}: cannot be opened ({reason}); a tokenizer.json is needed") from error
+    return TextEncoder(tokenizer)
 
 
 def prefixes(tokenizer: Any) -> Space:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vistune.data.formats import FORMATS, open_source, register
 from vistune.data.json_rows import find_rows
+from vistune.data.tokenize import check_marks
 from vistune.samples import Image, Message, SampleError
 
 GOOD = {"id": "x", "conversations": turns("Hi", "Hello")}
@@ -73,12 +74,6 @@ def test_image_folders_in_order_and_absolute_paths(write_rows, pictures, tmp_pat
         ({"conversations": [{"from": "bot", "value": "Hi"}]}, "role_order"),
         ({"image": 3, "conversations": turns("<image>", "b")}, "row_unreadable"),
         ({"image": "", "conversations": turns("<image>", "b")}, "row_unreadable"),
-        ({"image": "a.png", "conversations": turns("a", "b")}, "image_without_mark"),
-        ({"image": ["a.png", "b.jpg"], "conversations": turns("<image>\na", "b")}, "image_without_mark"),
-        ({"image": "a.png", "conversations": turns("<image><image>", "b")}, "mark_without_image"),
-        ({"conversations": turns("<image>\nWhat?", "b")}, "mark_without_image"),
-        ({"conversations": turns("What?\n<image>", "b")}, "mark_without_image"),
-        ({"image": None, "conversations": turns("<image>", "b")}, "mark_without_image"),
     ],
 )
 def test_faults_of_a_row(write_rows, pictures, row, code):
@@ -87,9 +82,28 @@ def test_faults_of_a_row(write_rows, pictures, row, code):
     assert reader[1].id == "x"
 
 
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"image": "a.png", "conversations": turns("a", "b")}, "image_without_mark"),
+        ({"image": ["a.png", "b.jpg"], "conversations": turns("<image>\na", "b")}, "image_without_mark"),
+        ({"image": "a.png", "conversations": turns("<image><image>", "b")}, "mark_without_image"),
+        ({"conversations": turns("<image>\nWhat?", "b")}, "mark_without_image"),
+        ({"conversations": turns("What?\n<image>", "b")}, "mark_without_image"),
+        ({"image": None, "conversations": turns("<image>", "b")}, "mark_without_image"),
+    ],
+)
+def test_marks_and_pictures_must_agree(write_rows, pictures, row, code):
+    reader = open_source(str(write_rows([row])), images=str(pictures))
+    with pytest.raises(SampleError) as error:
+        check_marks(reader[0])
+    assert error.value.fault.code == code
+
+
 def test_mark_in_the_text_of_a_row_without_image_is_text(write_rows):
     reader = open_source(str(write_rows([{"conversations": turns("What does <image> mean in HTML?", "Nothing.")}])))
     assert reader[0].messages[0].text == "What does <image> mean in HTML?"
+    check_marks(reader[0])
 
 
 @pytest.mark.parametrize(

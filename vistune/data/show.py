@@ -6,13 +6,15 @@ Opens no picture: one image is one `IMAGE_ID`. Knows no length and no model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
 
 from vistune.chat import ChatError, Encoded, Template, TextEncoder, encode, supervised_text
 from vistune.data.formats import Reader
-from vistune.samples import IMAGE_ID, NO_LOSS, SampleError
+from vistune.data.tokenize import check_marks
+from vistune.samples import IMAGE_ID, NO_LOSS, Sample, SampleError
 
 COLOURS = {"image": "black on cyan", "supervised": "green", "text": "bright_black"}
 
@@ -37,7 +39,7 @@ def rows(reader: Reader, template: Template, encoder: TextEncoder) -> Iterator[d
             "ids": encoded.ids,
             "labels": labels(encoded),
             "supervised_text": supervised_text(encoded, encoder),
-            **_images(encoded, len(sample.images)),
+            **_fault(sample),
         }
 
 
@@ -46,13 +48,13 @@ def labels(encoded: Encoded) -> list[int]:
     return [i if learned else NO_LOSS for i, learned in zip(encoded.ids, encoded.loss_mask, strict=True)]
 
 
-def _images(encoded: Encoded, given: int) -> dict[str, Any]:
-    """A fault when the row names another number of images than its text has places for."""
-    places = encoded.ids.count(IMAGE_ID)
-    if places == given:
-        return {}
-    code = "mark_without_image" if places > given else "image_without_mark"
-    return {"fault": code, "reason": f"{given} image(s), {places} place(s) for one in the conversation"}
+def _fault(sample: Sample) -> dict[str, Any]:
+    """What would keep a row out of training though its text can be shown: images and places for them differ."""
+    try:
+        check_marks(sample)
+    except SampleError as error:
+        return {"fault": error.fault.code, "reason": error.fault.reason}
+    return {}
 
 
 def coloured(shown: dict[str, Any], encoder: TextEncoder) -> Text:
@@ -66,15 +68,15 @@ def coloured(shown: dict[str, Any], encoder: TextEncoder) -> Text:
 
 
 def _pieces(shown: dict[str, Any], encoder: TextEncoder) -> Iterator[tuple[str, str]]:
-    """Runs of tokens of one kind, decoded."""
-    run: list[int] = []
-    kind = ""
-    for token, label in zip(shown.get("ids", ()), shown.get("labels", ()), strict=True):
-        now = "image" if token == IMAGE_ID else "supervised" if label != NO_LOSS else "text"
-        if now != kind and run:
-            yield kind, encoder.decode(run) if kind != "image" else " image " * len(run)
-            run = []
-        kind = now
-        run.append(token)
-    if run:
-        yield kind, encoder.decode(run) if kind != "image" else " image " * len(run)
+    """Runs of tokens of one kind with their text. Decoded from the start, since a piece alone loses its first space."""
+    ids = shown.get("ids", [])
+    kinds = [
+        "image" if token == IMAGE_ID else "supervised" if label != NO_LOSS else "text"
+        for token, label in zip(ids, shown.get("labels", []), strict=True)
+    ]
+    end, before = 0, ""
+    for kind, run in groupby(kinds):
+        end += len(list(run))
+        text = encoder.decode(ids[:end])
+        yield kind, text[len(before) :]
+        before = text

@@ -10,7 +10,7 @@ import numpy as np
 
 from vistune.chat import ChatError, Encoded, Template, TextEncoder, encode
 from vistune.images import ImageError, Layout, image_size
-from vistune.samples import IMAGE_ID, Fault, FaultCode, Image, Message, Sample, SampleError
+from vistune.samples import IMAGE_ID, IMAGE_MARK, Fault, FaultCode, Image, Message, Sample, SampleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ def tokenize(sample: Sample, language: Language, length: int, *, look: bool = Tr
     Raises `SampleError`: the codes of `ChatError`, `image_missing`, `image_broken`, `image_without_mark`,
     `mark_without_image`, `image_does_not_fit`, `nothing_supervised`.
     """
+    check_marks(sample)
     if look or language.layout.needs_size:
         counts = [_placeholders(image, sample, language.layout) for image in sample.images]
     else:
@@ -77,6 +78,25 @@ def tokenize(sample: Sample, language: Language, length: int, *, look: bool = Tr
         reason = f"no answer is left within length {length}" if tokens.shortened else "no token of it is learned"
         raise fault(sample, "nothing_supervised", reason)
     return tokens
+
+
+def check_marks(sample: Sample) -> None:
+    """Raises `SampleError` unless the user's turns have as many marks as the sample has images.
+
+    In a sample without images a mark is plain text, as it is to LLaVA, unless a turn starts with "<image>\\n" or ends
+    with "\\n<image>" (or is nothing else): that was meant as a picture, and is a fault.
+    """
+    asked = [message.text for message in sample.messages if message.role == "user"]
+    images, marks = len(sample.images), sum(text.count(IMAGE_MARK) for text in asked)
+    if images and marks != images:
+        code: FaultCode = "mark_without_image" if marks > images else "image_without_mark"
+        raise fault(sample, code, f"{images} image(s), {marks} {IMAGE_MARK} in the user's turns")
+    if not images and any(_meant_as_picture(text) for text in asked):
+        raise fault(sample, "mark_without_image", f"a turn has {IMAGE_MARK}, the row names no image")
+
+
+def _meant_as_picture(text: str) -> bool:
+    return text.startswith(IMAGE_MARK + "\n") or text.endswith("\n" + IMAGE_MARK) or text.strip() == IMAGE_MARK
 
 
 def expand(encoded: Encoded, counts: list[int], image_token_id: int) -> Tokens:

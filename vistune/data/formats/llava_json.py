@@ -16,7 +16,7 @@ import numpy as np
 
 from vistune.data.formats import register
 from vistune.data.json_rows import find_rows
-from vistune.samples import IMAGE_MARK, Fault, FaultCode, Image, Message, Role, Sample, SampleError
+from vistune.samples import Fault, FaultCode, Image, Message, Role, Sample, SampleError
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -27,9 +27,7 @@ class LlavaJson:
     Other keys are ignored, a row without id is called by its number. A relative picture path is looked for in
     `folders` in order (in the file's own folder if there are none); one that is nowhere keeps the first folder.
 
-    As many `<image>` in the user's turns as pictures, or the row is a fault. In a row without pictures `<image>` is
-    plain text, as it is to LLaVA, unless a turn starts with "<image>\\n" or ends with "\\n<image>" (or is nothing
-    else): that was meant as a picture, and is a fault (`mark_without_image`).
+    Whether marks and pictures agree is not judged here: see `vistune.data.tokenize.check_marks`.
     """
 
     def __init__(self, path: str, folders: Sequence[str], name: str, cache: Path | None = None):
@@ -58,7 +56,6 @@ class LlavaJson:
             raise self._fault(row, "", "row_unreadable", f"id is {_kind(id)}, expected a string or a number")
         messages = tuple(self._messages(row, str(id), data))
         paths = self._paths(row, str(id), data)
-        self._check_marks(row, str(id), messages, len(paths))
         images = tuple(Image(path=self._resolve(path)) for path in paths)
         return Sample(id=str(id), source=self.name, row=row, messages=messages, images=images)
 
@@ -122,16 +119,6 @@ class LlavaJson:
             raise self._fault(row, id, "row_unreadable", reason)
         return paths
 
-    def _check_marks(self, row: int, id: str, messages: Sequence[Message], images: int) -> None:
-        asked = [message.text for message in messages if message.role == "user"]
-        marks = sum(text.count(IMAGE_MARK) for text in asked)
-        if not images:
-            if any(_meant_as_picture(text) for text in asked):
-                raise self._fault(row, id, "mark_without_image", f"a turn has {IMAGE_MARK}, the row names no image")
-        elif marks != images:
-            code: FaultCode = "mark_without_image" if marks > images else "image_without_mark"
-            raise self._fault(row, id, code, f"{images} image(s), {marks} {IMAGE_MARK} in the user's turns")
-
     def _resolve(self, path: str) -> str:
         tried = [folder / path for folder in self.folders]  # an absolute path stays itself
         return str(tried[0] if len(tried) == 1 else next((file for file in tried if file.exists()), tried[0]))
@@ -143,10 +130,6 @@ class LlavaJson:
 @register("llava_json")
 def open_llava_json(path: str, images: Sequence[str], name: str, cache: Path | None) -> LlavaJson:
     return LlavaJson(path, images, name, cache)
-
-
-def _meant_as_picture(text: str) -> bool:
-    return text.startswith(IMAGE_MARK + "\n") or text.endswith("\n" + IMAGE_MARK) or text.strip() == IMAGE_MARK
 
 
 def _digest(text: str) -> str:
