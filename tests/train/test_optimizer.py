@@ -69,7 +69,7 @@ def test_half_weights_keep_fp32_masters_that_gather_small_updates():
         optimizer.update(step)
     assert mine[0].parameter.dtype == torch.bfloat16
     torch.testing.assert_close(optimizer.masters["w"], torch.full((4, 4), 1 - 60e-4), rtol=1e-4, atol=1e-5)
-    assert float(mine[0].parameter[0, 0]) < 1.0  # one update of 1e-4 alone would round away
+    assert mine[0].parameter[0, 0].item() < 1.0  # one update of 1e-4 alone would round away
 
 
 def test_a_parameter_without_gradient_counts_as_zero():

@@ -41,16 +41,17 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
     model.requires_grad_(False)
     adapted = set(_inject(model, family, recipe.lora)) if recipe.lora.r else set()
     names = {id(p): name for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     chosen: dict[str, Learned] = {}
     for key in sorted(recipe.learn.root, key=lambda k: k.count(".")):
         part, rate = key.split(".")[0], recipe.learn.root[key]
         found = 0
         for module in _modules(model, family, key):
-            for parameter in module.parameters():
-                name = names[id(parameter)]
+            for name in (names[id(parameter)] for parameter in module.parameters()):
                 if part in recipe.lora.parts and recipe.lora.r and name not in adapted:
                     continue
-                chosen[name] = Learned(name, parameter.requires_grad_(True), key, rate)
+                parameters[name].requires_grad_(True)
+                chosen[name] = Learned(name, parameters[name], key, rate)
                 found += 1
         if not found:
             raise ValueError(f"learn.{key}: names no parameter of this model")
@@ -111,10 +112,11 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write the adapters in peft's layout, beside and then renamed: adapter_config.json, adapter_model.safetensors."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
+
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    config = model.peft_config["default"]  # type: ignore[index, union-attr]
+    config: Any = model.peft_config["default"]  # type: ignore[index]
     config.base_model_name_or_path = base
     config.save_pretrained(str(beside))
     assert any(isinstance(module, LoraLayer) for module in model.modules())
@@ -135,7 +137,7 @@ def merge_adapters(model: nn.Module, stored: Callable[[str], Tensor]) -> None:
         if isinstance(module, LoraLayer):
             layer: Any = module.get_base_layer()
             layer.weight.data = stored(f"{path}.weight").to(layer.weight.device, torch.float32)
-            module.merge()  # type: ignore[operator]
+            module.merge()
             layer.weight.requires_grad_(True)  # it is no longer what the start folder holds
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)

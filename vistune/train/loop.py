@@ -77,7 +77,7 @@ class Totals:
     computed: int
     samples: int
     faults: int
-    stop: bool
+    stop: int  # ranks that were asked to stop
 
 
 class Stop:
@@ -171,7 +171,7 @@ class Loop:
         ]
         if ranks.world() > 1:
             mine = ranks.all_sum(torch.tensor(mine, device=self.device)).tolist()
-        return Totals(*mine[:5], stop=bool(mine[5]))
+        return Totals(*mine)
 
     def _backward(self, batches: list[Batch], supervised: int) -> float:
         """Gradients of the step's mean loss over `supervised` tokens of all ranks, and that loss."""
@@ -248,7 +248,7 @@ class Loop:
             "memory": memory(self.device),
             "eta_s": state.seconds / state.step * (self.steps - state.step),
             "seconds": state.seconds,
-            "stop": totals.stop,
+            "stop": bool(totals.stop),
         }
 
 

@@ -70,7 +70,7 @@ def cross_entropy_sum(hidden_SD: Tensor, head: nn.Linear, targets_S: Tensor) -> 
     if torch.is_autocast_enabled(device):
         hidden_SD = hidden_SD.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_SD, head.weight, head.bias, targets_S)  # type: ignore[no-any-return]
+        return _LinearCrossEntropy.apply(hidden_SD, head.weight, head.bias, targets_S)
 
 
 class StepModule(nn.Module):

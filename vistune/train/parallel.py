@@ -6,8 +6,8 @@ checkpointing -> (compile) -> (sharding).
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def autocast(precision: str, dtype: torch.dtype, device: torch.device) -> Abstra
 def allow_tf32(wanted: bool, device: torch.device) -> None:
     """tf32 products for fp32 work, only where the device has them (compute capability 8 on)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        torch.backends.fp32_precision = "tf32" if wanted else "ieee"
+        torch.set_float32_matmul_precision("high" if wanted else "highest")
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> None:
@@ -54,9 +54,9 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
             "the steps and their results are the same"
         )
     if recipe.train.checkpointing == "full":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every release we take
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def sum_gradients(gradients: list[Tensor]) -> None:

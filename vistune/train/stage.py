@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vistune import __version__, chat, console, ranks
 from vistune.data.batch import Batch
@@ -160,7 +161,7 @@ def make_loop(
     """Put the model on the device, wrap it, and give it an optimizer and a ledger."""
     precision = recipe.train.precision
     dtype = parallel.compute_dtype(precision, device)
-    model = loaded.model
+    model: nn.Module = loaded.model
     if dtype != torch.float32:
         learn.lower_frozen(model, dtype)
     model.to(device)
@@ -168,7 +169,8 @@ def make_loop(
     true_half = precision == "bf16_true"
     optimizer = Optimizer(recipe.optimizer, learned, data.plan.steps, true_half=true_half)
     if true_half:
-        model.to(dtype)  # after the optimizer has taken its fp32 masters
+        for parameter in model.parameters():  # after the optimizer has taken its fp32 masters; buffers stay fp32
+            parameter.data = parameter.data.to(dtype)
     ledger = Ledger(folder, len(data.index), recipe.data.quarantine_cap, recipe.data.strict)
     ledger.add(data.index.faults)
     state = State()
