@@ -6,6 +6,7 @@ checkpointing -> (compile) -> (sharding).
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,15 +21,26 @@ BUCKET_BYTES = 64 << 20
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the products. bf16 becomes fp16 on a device that has none (V100, T4), and says so."""
+    """The type of the products. Where a device has no bf16 another type serves, and that is said: fp16 with loss
+    scaling on a GPU (V100, T4), fp32 on a CPU, which would only imitate bf16, several times slower than fp32."""
     if precision == "fp32":
         return torch.float32
     if precision == "fp16":
         return torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        console.warn(f"train.precision = {precision}: {device} has no bf16; using fp16 with loss scaling")
-        return torch.float16
-    return torch.bfloat16
+    if has_bf16(device):
+        return torch.bfloat16
+    instead, name = (torch.float32, "fp32") if device.type == "cpu" else (torch.float16, "fp16 with loss scaling")
+    console.warn(f"train.precision = {precision}: {device} has no bf16 instructions; computing in {name}")
+    return instead
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 by itself; asked of the hardware, so that a resumed run decides alike."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(precision: str, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
