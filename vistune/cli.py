@@ -39,6 +39,7 @@ def quickstart(
     asked a question: real handwritten digits, two CPU cores, a few minutes."""
     from vistune.quickstart import run as quick_run
 
+    _humans_to_stderr(json)
     summary = quick_run.run(out, quick=quick, seed=seed)
     if json:
         console.print_json(summary)
@@ -61,6 +62,7 @@ def assemble(
     from vistune.models import assemble as room
     from vistune.models import verify
 
+    _humans_to_stderr(json)
     room.assemble(
         vision=vision,
         language=language,
@@ -91,6 +93,7 @@ def train(
     from vistune import recipe as recipes
     from vistune.train import stage
 
+    _humans_to_stderr(json)
     summary = stage.run(recipes.read(recipe, words or []))
     if json:
         console.print_json(summary)
@@ -143,6 +146,11 @@ def data_show(
             print(dumps(one, ensure_ascii=False))
         else:
             console.out.print(show.coloured(one, encoder))
+
+
+def _humans_to_stderr(json: bool) -> None:
+    if json:
+        console.only_json()
 
 
 @app.callback(invoke_without_command=True)

@@ -25,6 +25,11 @@ out = Console(quiet=QUIET, highlight=False, soft_wrap=True)
 err = Console(stderr=True, quiet=QUIET, highlight=False, soft_wrap=True)
 
 
+def only_json() -> None:
+    """From here on stdout is for one JSON document; what people read goes to stderr."""
+    out.file = sys.stderr
+
+
 def say(text: str) -> None:
     """One plain line on stdout."""
     out.print(text, markup=False)

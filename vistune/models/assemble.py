@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -30,6 +30,8 @@ VISION = {
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
+_OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "original/*", "onnx/*")
+
 _OTHER_HALF = r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)|position_ids$"
 VOCABULARY_STEP = 64
 
@@ -85,15 +87,23 @@ def assemble(
 
 
 def resolve(part: str | Path, what: str) -> Path:
-    """The folder of a part: as given, or a hub id's snapshot in the local cache. Nothing is downloaded."""
+    """The folder of a part: as given, or a hub id's snapshot, from the local cache or else downloaded."""
     if Path(part).is_dir():
         return Path(part)
+    name = str(part)
     try:
-        return Path(snapshot_download(str(part), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, OSError):
+        pass  # not in the cache: asked for below
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name).siblings or []]
+        twice = ["*.bin"] if any(file.endswith(".safetensors") for file in files) else []
+        return Path(snapshot_download(name, ignore_patterns=[*_OTHER_FORMATS, *twice]))
+    except Exception as error:  # noqa: BLE001 - the network libraries below the hub each have errors of their own
         raise ValueError(
-            f"{what}: {str(part)!r} is neither a folder nor a hub repository in the local cache. "
-            f"Give a folder, or fetch it where there is a network: hf download {part}"
+            f"{what}: {name!r} is neither a folder nor a hub repository in the local cache, and it could not be "
+            f"downloaded ({str(error).splitlines()[0]}). Give a folder, or fetch it where there is a network: "
+            f"hf download {name}"
         ) from error
 
 
