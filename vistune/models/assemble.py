@@ -91,20 +91,26 @@ def resolve(part: str | Path, what: str) -> Path:
     if Path(part).is_dir():
         return Path(part)
     name = str(part)
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, OSError):
-        pass  # not in the cache: asked for below
+    if cached := _cached(name):
+        return cached
     try:
         files = [file.rfilename for file in HfApi().model_info(name).siblings or []]
         twice = ["*.bin"] if any(file.endswith(".safetensors") for file in files) else []
         return Path(snapshot_download(name, ignore_patterns=[*_OTHER_FORMATS, *twice]))
-    except Exception as error:  # noqa: BLE001 - the network libraries below the hub each have errors of their own
+    except Exception as error:
         raise ValueError(
             f"{what}: {name!r} is neither a folder nor a hub repository in the local cache, and it could not be "
             f"downloaded ({str(error).splitlines()[0]}). Give a folder, or fetch it where there is a network: "
             f"hf download {name}"
         ) from error
+
+
+def _cached(name: str) -> Path | None:
+    """A hub repository's snapshot in the local cache."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, OSError):
+        return None
 
 
 def read_vision(folder: Path, dtype: torch.dtype | str, *, finite: bool = True) -> tuple[Any, Any]:
