@@ -37,19 +37,16 @@ def truth(cells, question: str) -> str:
     word = dict(enumerate(VALUE)) | {None: "none"}
     if at := re.search(r"at the (.*)\?", question):
         return word[cells[PLACE[at[1]]]]
-    if where := re.search(r"Where is the (\w+)\?", question):
-        return next(place for place, i in PLACE.items() if cells[i] == VALUE[where[1]])
-    if beside := re.search(r"is (to the left of|to the right of|above|below) the (\w+)\?", question):
-        row, column = divmod(cells.index(VALUE[beside[2]]), 2)
-        down, right = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[
-            beside[1]
-        ]
-        assert 0 <= row + down < 2 and 0 <= column + right < 2, "asked beyond the edge"
-        return word[cells[2 * (row + down) + column + right]]
+    if side := re.search(r"in the (top|bottom) row\?", question):
+        row = cells[:2] if side[1] == "top" else cells[2:]
+        return ", ".join(word[d] for d in row if d is not None) or "none"
+    if side := re.search(r"in the (left|right) column\?", question):
+        column = cells[::2] if side[1] == "left" else cells[1::2]
+        return ", ".join(word[d] for d in column if d is not None) or "none"
     if question == "Read all the digits.":
         return ", ".join(word[d] for d in present)
-    pick = {"many": len(present), "largest": max(present), "smallest": min(present), "sum": sum(present)}
-    return words.number(next(value for key, value in pick.items() if key in question))
+    pick = {"many": len(present), "largest": max(present), "smallest": min(present)}
+    return word[next(value for key, value in pick.items() if key in question)]
 
 
 def test_every_answer_is_true():
@@ -60,12 +57,6 @@ def test_every_answer_is_true():
             assert question.answer == truth(cells, question.text), (cells, question)
             kinds[question.kind] += 1
     assert set(kinds) == set(words.KINDS) and min(kinds.values()) > 100
-
-
-def test_numbers():
-    assert [words.number(n) for n in (0, 9, 10, 19, 20, 21, 30, 36)] == [
-        "zero", "nine", "ten", "nineteen", "twenty", "twenty one", "thirty", "thirty six",
-    ]  # fmt: skip
 
 
 def test_answers_cannot_be_guessed():

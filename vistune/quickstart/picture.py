@@ -14,7 +14,7 @@ MISSING = "no report.png: matplotlib is not installed; `pip install 'vistune[rep
 _INK, _FAINT, _LINE, _PAPER = "#1f2430", "#8a90a0", "#e3e6ec", "#fbfbfd"
 _ALIGN, _INSTRUCT, _CONTROL = "#2f6fbb", "#7a4bb0", "#c3c8d2"
 _RIGHT, _WRONG = "#1e8a5a", "#c8372d"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": _INK,
@@ -31,6 +31,10 @@ _STYLE: dict[str, Any] = {
     "figure.facecolor": _PAPER,
     "axes.facecolor": _PAPER,
 }
+
+
+class NoMatplotlib(ValueError):
+    """matplotlib is not installed; the message says how to get it."""
 
 
 class Example(NamedTuple):
@@ -60,13 +64,13 @@ def report(
 ) -> None:
     """Draw `path` (PNG). `losses` are per step, by stage; at most eight examples are shown.
 
-    Raises ValueError when matplotlib is missing.
+    Raises NoMatplotlib.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(MISSING) from error
+        raise NoMatplotlib(MISSING) from error
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13.2, 9.2), dpi=120)
         figure.text(0.045, 0.948, "A small LLaVA, from parts to answers", size=20, weight="bold")

@@ -1,0 +1,64 @@
+"""The whole quickstart, very small: everything it promises is written, the same twice, and nothing else is touched."""
+
+import json
+
+import pytest
+
+from vistune.quickstart import run as quickstart
+from vistune.quickstart import scenes
+
+TINY = scenes.Sizes(align=64, instruct=48, captions=4, questions=4, turns=3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(quickstart, "QUICK", TINY)
+    folders = [tmp_path_factory.mktemp("quickstart") / name for name in ("a", "b")]
+    yield [(folder, quickstart.run(folder, quick=True, seed=1)) for folder in folders]
+    patch.undo()
+
+
+def test_two_runs_are_the_same(runs):
+    (_, a), (_, b) = runs
+    assert a["losses"] == b["losses"]
+    assert len(a["losses"]["align"]) >= 4 and len(a["losses"]["instruct"]) >= 3
+    for key in ("held_out_exact_match", "shuffled_exact_match", "align_caption_gain", "kinds"):
+        assert a[key] == b[key], key
+
+
+def test_summary_and_scores(runs):
+    folder, summary = runs[0]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["align_left_the_rest_untouched"] is True
+    asked = json.loads((folder / "data" / "heldout_questions.json").read_text())
+    assert sum(kind["questions"] for kind in summary["kinds"].values()) == len(asked)
+    right = sum(kind["questions"] * kind["exact_match"] for kind in summary["kinds"].values())
+    assert summary["held_out_exact_match"] == pytest.approx(right / len(asked), abs=1e-3)
+    assert summary["losses"]["instruct"][-1] < summary["losses"]["align"][0]
+
+
+def test_the_stock_classes_answer_as_we_do(runs):
+    """The exported folder, opened without vistune, answered the first question as `generate` did."""
+    folder, summary = runs[0]
+    first = json.loads((folder / "data" / "heldout_questions.json").read_text())[0]
+    from vistune.generate import answer_batch
+    from vistune.models.load import load
+    from vistune.samples import Image
+
+    picture = Image(path=str(folder / "data" / "images" / first["image"]))
+    ours = answer_batch(load(summary["model"]), [(first["conversations"][0]["value"], [picture])], max_new_tokens=16)
+    assert summary["asked"]["answer"] == ours[0]
+
+
+def test_report_is_drawn(runs):
+    pytest.importorskip("matplotlib")
+    assert (runs[0][0] / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("ten years")
+    with pytest.raises(ValueError, match="no earlier quickstart"):
+        quickstart.run(tmp_path, quick=True)
+    assert precious.read_text() == "ten years" and len(list(tmp_path.iterdir())) == 1
