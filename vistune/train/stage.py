@@ -166,7 +166,7 @@ def make_loop(
         learn.lower_frozen(model, dtype)
     model.to(device)
     parallel.prepare(model, recipe)
-    true_half = precision == "bf16_true"
+    true_half = precision == "bf16_true" and dtype != torch.float32
     optimizer = Optimizer(recipe.optimizer, learned, data.plan.steps, true_half=true_half)
     if true_half:
         for parameter in model.parameters():  # after the optimizer has taken its fp32 masters; buffers stay fp32
