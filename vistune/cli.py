@@ -191,6 +191,8 @@ def _explain(error: Exception) -> int:
     if type(error).__name__ == "Interrupted":  # of the training loop, which is not imported here
         console.err.print(str(error), markup=False)
         return int(error.code)  # type: ignore[attr-defined]
+    if type(error).__name__ == "SaidElsewhere":  # of vistune.ranks: rank 0 says it
+        return 2
     if isinstance(error, ValueError) and not os.environ.get("VISTUNE_TRACEBACK"):
         console.fail(str(error))
         return 2

@@ -6,6 +6,7 @@ Works unchanged without a process group: then there is one rank and every collec
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -82,6 +83,25 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+class SaidElsewhere(ValueError):
+    """A ValueError of rank 0, which reports it; the other ranks only leave with it."""
+
+
+def on_first(work: Callable[[], Any]) -> None:
+    """Rank 0 does `work` while the others wait; if it ends in a ValueError, every rank leaves with it."""
+    error: ValueError | None = None
+    if is_first():
+        try:
+            work()
+        except ValueError as mistake:
+            error = mistake
+    said = from_first(str(error) if error else None)
+    if error:
+        raise error
+    if said is not None:
+        raise SaidElsewhere(said)
 
 
 def from_first(value: Any) -> Any:

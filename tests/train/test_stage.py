@@ -193,13 +193,13 @@ def finish_run(process, folder: Path, code: int = 0) -> str:
     return output
 
 
-def run_both(recipe: recipes.Recipe, folder: Path, *words: str) -> str:
+def run_both(recipe: recipes.Recipe, folder: Path, *words: str, code: int = 0) -> str:
     """Two ranks over gloo on the loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = [start_run(recipe, folder, *words, rank=rank, world=2, port=port) for rank in (0, 1)]
-    outputs = [finish_run(process, folder) for process in both]
+    outputs = [finish_run(process, folder, code) for process in both]
     return outputs[0]
 
 
@@ -379,3 +379,12 @@ def test_a_device_without_bf16_gets_another_type_and_says_so(precision, kind, ha
     monkeypatch.setattr(parallel, "has_bf16", lambda device: has)
     assert parallel.compute_dtype(precision, torch.device(kind)) == dtype
     assert ("has no bf16 instructions" in capsys.readouterr().err) == (not has)
+
+
+def test_a_mistake_that_rank_0_finds_ends_both_with_one_sentence(start, data, tmp_path):
+    run = tmp_path / "run"
+    recipe = made_recipe(start, data, run, train={"steps": 2})
+    stage.run(recipe)
+    output = run_both(recipe, tmp_path, "train.batch=4", code=2)
+    assert output.count("train.batch: 8 -> 4") == 1
+    assert (tmp_path / "output-1.txt").read_text().count("error") == 0

@@ -6,19 +6,16 @@ The table of contents of training; every line of `run` is a room of its own.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vistune import __version__, chat, console, ranks
+from vistune import chat, console, ranks
 from vistune.data.batch import Batch
 from vistune.data.formats import Reader, open_source
 from vistune.data.index import Index, build_index
@@ -27,9 +24,9 @@ from vistune.data.plan import Plan
 from vistune.data.tokenize import Language
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
-from vistune.train import checkpoint, learn, metrics, parallel
+from vistune.train import checkpoint, learn, metrics, parallel, record
 from vistune.train.learn import Learned
-from vistune.train.loop import Loop, State, line, mean_last
+from vistune.train.loop import Loop, State, line
 from vistune.train.loss import StepModule
 from vistune.train.optimizer import Optimizer
 from vistune.train.quarantine import Ledger
@@ -50,8 +47,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         show_parts(loaded, learned)
         data = read_data(recipe, loaded, folder)
         loop = make_loop(recipe, folder, device, loaded, learned, data)
-        write_environment(folder, recipe, data.index, loop)
-        if done := finished(folder, loop):
+        record.write_environment(folder, recipe, data.index, loop)
+        if done := record.finished(folder, loop):
             return done
         train(recipe, folder, loaded, learned, data, loop)
         return finish(recipe, folder, loaded, data, loop)
@@ -72,18 +69,20 @@ class Data:
 def claim(recipe: Recipe) -> Path:
     """The run folder, made or found again. Raises ValueError if it holds another recipe's run, or something else."""
     folder = Path(recipe.run)
-    if ranks.is_first():
-        if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.toml").exists():
-            raise ValueError(f"run {folder}: is not empty and is no run of vistune; choose another with run=DIR")
-        with checkpoint.disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(folder)
-        if saved := checkpoint.folders(folder):
-            _refuse_other(recipe, saved[-1])
-        with checkpoint.disk_errors(folder):
-            write(folder / "recipe.toml", dump(recipe))
-    ranks.barrier()
+    ranks.on_first(lambda: _claim(folder, recipe))
     return folder
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.toml").exists():
+        raise ValueError(f"run {folder}: is not empty and is no run of vistune; choose another with run=DIR")
+    with checkpoint.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(folder)
+    if saved := checkpoint.folders(folder):
+        _refuse_other(recipe, saved[-1])
+    with checkpoint.disk_errors(folder):
+        record.write(folder / "recipe.toml", dump(recipe))
 
 
 def _refuse_other(recipe: Recipe, saved: Path) -> None:
@@ -117,13 +116,14 @@ def read_data(recipe: Recipe, loaded: models.Loaded, folder: Path) -> Data:
     template = chat.template(loaded.template_name)
     chat.check_fits(template, loaded.tokenizer)
     language = Language(template, chat.TextEncoder(loaded.tokenizer), loaded.layout, loaded.image_token_id)
-    index = None
-    for first in (True, False):
-        if ranks.is_first() is first:
-            readers = [open_source(s.path, s.format, s.images, s.name, cache) for s in recipe.data.sources]
-            index = build_index(readers, language, recipe.data.length, cache=cache, workers=recipe.data.workers)
-        ranks.barrier()
-    assert index is not None
+
+    def open_all() -> tuple[list[Reader], Index]:
+        readers = [open_source(s.path, s.format, s.images, s.name, cache) for s in recipe.data.sources]
+        index = build_index(readers, language, recipe.data.length, cache=cache, workers=recipe.data.workers)
+        return readers, index
+
+    ranks.on_first(open_all)
+    readers, index = open_all()
     plan = Plan(
         index,
         batch=recipe.train.batch,
@@ -276,111 +276,35 @@ def _take_up(saved: Path, tensors: dict[str, torch.Tensor], data: Data) -> dict[
 def dry_run(folder: Path, loaded: models.Loaded, loop: Loop, save: Callable[[State], None]) -> None:
     """Save everything once before the first step, so that what would fail at the end fails now."""
     save(loop.state)
-    if ranks.is_first():
-        with checkpoint.disk_errors(folder):
-            needed = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-            free = shutil.disk_usage(folder).free
-            if free < needed:
-                raise ValueError(
-                    f"run {folder}: the model folder at the end needs about {needed / 2**30:.1f} GiB, "
-                    f"{free / 2**30:.1f} GiB are free. Make room, or give another folder with run=DIR."
-                )
-            models.check_save(loaded, folder / "model.dry")
-    ranks.barrier()
+    ranks.on_first(lambda: _try_export(folder, loaded))
 
 
-def finished(folder: Path, loop: Loop) -> dict[str, Any] | None:
-    """The summary of a run whose steps are all done and whose model folder stands."""
-    saved = checkpoint.folders(folder)
-    whole = (folder / "summary.json").exists() and (folder / "model" / "config.json").exists()
-    if not (saved and whole and checkpoint.read_state(saved[-1])["state"]["step"] >= loop.steps):
-        return None
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if summary["steps"] < loop.steps:
-        return None
-    console.say(f"{folder} is finished: {summary['steps']} steps; model folder: {folder / 'model'}")
-    return summary
+def _try_export(folder: Path, loaded: models.Loaded) -> None:
+    with checkpoint.disk_errors(folder):
+        needed = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise ValueError(
+                f"run {folder}: the model folder at the end needs about {needed / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB are free. Make room, or give another folder with run=DIR."
+            )
+        models.check_save(loaded, folder / "model.dry")
 
 
 def finish(recipe: Recipe, folder: Path, loaded: models.Loaded, data: Data, loop: Loop) -> dict[str, Any]:
     """Write the model folder and the summary."""
-    target = folder / "model"
-    if ranks.is_first():
-        rows = metrics.read(folder)
-        summary = {
-            "run": str(folder),
-            "model": str(target),
-            "steps": loop.state.step,
-            "first_loss": rows[0]["loss"],
-            "last_loss": mean_last(rows),
-            "losses": [row["loss"] for row in rows],
-            "seconds": loop.state.seconds,
-            "tokens": loop.state.tokens,
-            "samples": loop.state.consumed,
-            "quarantined": len(loop.ledger.faults),
-            "nonfinite": loop.state.nonfinite,
-        }
+    summary: dict[str, Any] = {}
+
+    def export() -> None:
+        summary.update(record.summarize(folder, metrics.read(folder), loop))
         if recipe.lora.r:
             learn.save_adapter(loaded.model, folder / "adapter", recipe.model.start)
             learn.merge_adapters(loaded.model, models.stored_tensors(loaded.folder, loaded.model))
-        with checkpoint.disk_errors(target):
-            models.save(loaded, target, frozen_from=loaded.folder, card=card(recipe, data, summary))
-        write(folder / "summary.json", json.dumps(summary, indent=2))
-        console.say(f"model folder: {target}")
-    else:
-        summary = {}
+        with checkpoint.disk_errors(folder / "model"):
+            text = record.card(recipe, data.index, summary)
+            models.save(loaded, folder / "model", frozen_from=loaded.folder, card=text)
+            record.write(folder / "summary.json", json.dumps(summary, indent=2))
+        console.say(f"model folder: {folder / 'model'}")
+
+    ranks.on_first(export)
     return ranks.from_first(summary)
-
-
-def card(recipe: Recipe, data: Data, summary: dict[str, Any]) -> str:
-    """The model card: what it started from, what learned on which data, how it ended."""
-    sources = "\n".join(f"- `{Path(s.path).name}` ({s.format}, {s.epochs:g} epochs)" for s in recipe.data.sources)
-    rates = "\n".join(f"- {key}: {rate.lr:g} to {rate.min_lr:g}" for key, rate in recipe.learn.root.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
-        f"# {recipe.name}\n\nTrained with vistune {__version__} from `{recipe.model.start}`.\n\n"
-        f"## What learned\n\n{rates}\n\n## Data\n\n{sources}\n\n"
-        f"{summary['samples']:,} samples, {summary['tokens']:,} tokens, {summary['steps']:,} steps, "
-        f"{summary['quarantined']} rows set aside. Index `{data.index.hash[:16]}`.\n\n"
-        f"## Scores\n\n- loss, mean of the last 10 steps: {summary['last_loss']:.4f}\n\n"
-        f"## Recipe\n\n```toml\n{dump(recipe).strip()}\n```\n"
-    )
-
-
-def write_environment(folder: Path, recipe: Recipe, index: Index, loop: Loop) -> None:
-    """What the run ran on: versions, commit, device, and the hash of its data."""
-    if not ranks.is_first():
-        return
-    names = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pillow", "pyarrow")
-    device = torch.cuda.get_device_name(loop.device) if loop.device.type == "cuda" else platform.processor() or "cpu"
-    facts = {
-        "vistune": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in names},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "world": ranks.world(),
-        "precision": str(loop.dtype).removeprefix("torch."),
-        "peak_flops": loop.peak,
-        "data_index": index.hash,
-    }
-    with checkpoint.disk_errors(folder):
-        write(folder / "environment.json", json.dumps(facts, indent=2))
-
-
-def _commit() -> str:
-    """Commit of the checkout that vistune is run from; empty for an installed package."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists() or shutil.which("git") is None:
-        return ""
-    done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file beside, then rename."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
