@@ -32,7 +32,7 @@ class Sizes:
     """Number of pictures in each file. `turns` questions are asked about a picture of `instruct` or `questions`."""
 
     align: int = 2000
-    instruct: int = 1600
+    instruct: int = 2000
     captions: int = 200
     questions: int = 200
     turns: int = 5
