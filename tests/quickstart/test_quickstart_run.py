@@ -1,6 +1,7 @@
 """The whole quickstart, very small: everything it promises is written, the same twice, and nothing else is touched."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="no earlier quickstart"):
         quickstart.run(tmp_path, quick=True)
     assert precious.read_text() == "ten years" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_examples_show_mistakes_last_and_no_picture_twice():
+    asked = [
+        quickstart.Asked(f"kind{i % 3}", Path(f"{i // 3}.png"), "?", "one", "two" if i in (4, 5, 40, 41) else "one", "")
+        for i in range(60)
+    ]
+    shown = quickstart.examples(asked)
+    assert [one.answer for one in shown] == ["one"] * 6 + ["two"] * 2
+    assert len({one.image for one in shown}) == 8
+    assert [one.kind for one in shown[:6]] == ["kind0", "kind1", "kind2"] * 2

@@ -5,9 +5,12 @@ Draws what it is handed; knows nothing of models. matplotlib is an optional extr
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 MISSING = "no report.png: matplotlib is not installed; `pip install 'vistune[report]'` brings it"
 
@@ -81,6 +84,7 @@ def report(
             _curve(figure.add_subplot(top[0, column]), stage, values, color)
         _bars(figure.add_subplot(top[0, 2]), scores)
         figure.text(0.045, 0.508, "Pictures of scans that no part has ever seen", size=11.5, weight="bold")
+        figure.text(0.362, 0.508, "each with its question and the answer; mistakes come last", color=_FAINT)
         _examples(figure, examples[:8])
         figure.savefig(path)
 
@@ -124,7 +128,7 @@ def _bars(axes: Any, scores: Sequence[Score]) -> None:
             axes.barh(row + shift, 100 * share, height=0.32, color=shade)
             axes.text(100 * share + 1.5, row + shift, f"{100 * share:.1f} %  {label}", va="center", size=9, color=_INK)
         axes.text(0, row - 0.41, score.name, ha="left", va="bottom", size=9.5, color=_FAINT)
-    axes.set_xlim(0, 145)
+    axes.set_xlim(0, 152)
     axes.set_ylim(1.3 * len(scores) - 0.75, -0.75)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_yticks([])
@@ -135,8 +139,6 @@ def _bars(axes: Any, scores: Sequence[Score]) -> None:
 
 def _examples(figure: Any, examples: Sequence[Example]) -> None:
     """Two rows of four: the picture, and beside it the question and the answer, green when it is right."""
-    from PIL import Image
-
     grid = figure.add_gridspec(2, 4, left=0.045, right=0.975, top=0.478, bottom=0.035, wspace=0.06, hspace=0.12)
     for place, example in enumerate(examples):
         cell = grid[place // 4, place % 4].subgridspec(1, 2, width_ratios=(1.36, 1), wspace=0.08)
@@ -159,6 +161,4 @@ def _examples(figure: Any, examples: Sequence[Example]) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))

@@ -203,27 +203,38 @@ def _ask_stock(folder: Path, asked: Asked) -> dict[str, Any]:
 
 
 def _draw(path: Path, summary: dict[str, Any], questions: Sequence[Asked]) -> None:
-    """The picture; without matplotlib a line says how to get it. The examples are the first of every kind."""
-    first = {one.kind: one for one in reversed(questions)}
+    """The picture; without matplotlib a line says how to get it."""
+    captions = picture.Score("captions after align", summary["align_caption_match"], summary["align_caption_shuffled"])
+    answers = picture.Score(
+        "questions after instruct", summary["held_out_exact_match"], summary["shuffled_exact_match"]
+    )
     path.unlink(missing_ok=True)
     try:
         picture.report(
             path,
             losses=summary["losses"],
-            scores=[
-                picture.Score(
-                    "captions after align", summary["align_caption_match"], summary["align_caption_shuffled"]
-                ),
-                picture.Score(
-                    "questions after instruct", summary["held_out_exact_match"], summary["shuffled_exact_match"]
-                ),
-            ],
-            examples=[picture.Example(one.image, one.question, one.answer, one.truth) for one in first.values()],
+            scores=[captions, answers],
+            examples=[picture.Example(one.image, one.question, one.answer, one.truth) for one in examples(questions)],
             subtitle=f"real handwritten digits · {summary['threads']} threads · {summary['seconds']:.0f} s "
             f"· seed {summary['seed']}",
         )
     except picture.NoMatplotlib as missing:
         console.say(str(missing))
+
+
+def examples(asked: Sequence[Asked], count: int = 8, mistakes: int = 2) -> list[Asked]:
+    """The first questions about pictures of their own, kind after kind, whatever was answered; then first mistakes."""
+    wrong = list({one.image: one for one in reversed(asked) if one.answer != one.truth}.values())[::-1][:mistakes]
+    seen = {one.image for one in wrong}
+    chosen: list[Asked] = []
+    kinds = list(dict.fromkeys(one.kind for one in asked))
+    for number in range(count - len(wrong)):
+        kind = kinds[number % len(kinds)]
+        found = next((one for one in asked if one.kind == kind and one.image not in seen), None)
+        if found is not None:
+            chosen.append(found)
+            seen.add(found.image)
+    return chosen + wrong
 
 
 def _show(folder: Path, summary: dict[str, Any]) -> None:
