@@ -40,13 +40,15 @@ CONTENDERS = {
         Contender("trl", HERE / "peers" / "trl_sft.py", peer=True, extra=(("head", "shipped"),)),
         Contender("trl_forced", HERE / "peers" / "trl_sft.py", peer=True, extra=(("head", "forced"),)),
         Contender("vistune", HERE / "ours.py"),
+        Contender("vistune_bf16", HERE / "ours.py", extra=(("bf16_anyway", True),)),
         Contender("stock", HERE / "peers" / "stock.py"),
     )
 }
 WHO = {
     "trl": "TRL's SFTTrainer as shipped (on a CPU its head scores every row)",
     "trl_forced": "TRL's SFTTrainer, supervised-rows-only head forced on (as it is on a GPU; a patch, not stock)",
-    "vistune": "vistune",
+    "vistune": "vistune (bf16 on a CPU without bf16 instructions is computed in fp32)",
+    "vistune_bf16": "vistune, made to compute in bf16 even where the CPU only imitates it",
     "stock": "a plain loop over the stock transformers model",
 }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from vistune.samples import IMAGE_ID, IMAGE_MARK
-from vistune.text_encoder import TextEncoder, prefixes
+from vistune.text_encoder import TextEncoder, open_encoder, prefixes
 
 FOLDER = Path(__file__).parent / "golden" / "llava" / "tokenizers"
 STRINGS = json.loads((FOLDER / "strings.json").read_text(encoding="utf-8"))
@@ -90,3 +90,12 @@ def test_chunks_stand_alone_around_images(chunks: list[str], which: tuple[str, b
     assert starts[ids == IMAGE_ID].tolist() == [
         len(IMAGE_MARK.join(chunks[:number])) for number in range(1, len(chunks))
     ]
+
+
+def test_a_folder_with_only_a_sentencepiece_model_gives_the_same_ids():
+    """Vicuna's folder is such a one."""
+    folder = Path(__file__).parent / "golden" / "llava"
+    bare = open_encoder(folder / "tiny-llava-original" / "base-llm")
+    whole = open_encoder(folder / "tokenizers" / "llama_like")
+    text = "USER: What is it?\nASSISTANT: 你好 café  </s>USER: again"
+    assert [list(part) for part in bare.chunk(text)] == [list(part) for part in whole.chunk(text)]

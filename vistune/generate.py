@@ -48,8 +48,8 @@ def prompt(loaded: Loaded, messages: Sequence[Message], pictures: Sequence[Image
     marks = sum(message.text.count(IMAGE_MARK) for message in messages)
     if pictures and marks != len(pictures):
         raise ValueError(f"{len(pictures)} images for {marks} {IMAGE_MARK} in the conversation; give one for each")
-    template, encoder = chat.template(loaded.template_name), chat.TextEncoder(loaded.tokenizer)
-    encoded = chat.encode(template, encoder, messages, has_images=bool(pictures), open_turn=True)
+    template = chat.template(loaded.template_name)
+    encoded = chat.encode(template, loaded.encoder, messages, has_images=bool(pictures), open_turn=True)
     opened = [images.open_image(picture) for picture in pictures]
     sizes = iter(opened)
     ids: list[int] = []

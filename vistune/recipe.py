@@ -118,7 +118,9 @@ class Train(Section):
     steps: int | None = Field(None, ge=1, description="instead of epochs")
     seed: int = Field(0, description="of the order of the data and of dropout")
     precision: Literal["bf16", "bf16_true", "fp16", "fp32"] = Field(
-        "bf16", description="bf16: fp32 weights, bf16 products; bf16_true: bf16 weights, fp32 masters in the optimizer"
+        "bf16",
+        description="bf16: fp32 weights, bf16 products; bf16_true: bf16 weights, fp32 masters in the optimizer; "
+        "without bf16 instructions a GPU computes in fp16, a CPU in fp32, and that is said",
     )
     tf32: bool = Field(True, description="for what is left in fp32, where the device has it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")

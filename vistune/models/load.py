@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Loaded:
     template_name: str
     layout: Layout
     image_token_id: int
+
+    @cached_property
+    def encoder(self) -> chat.TextEncoder:
+        """What makes ids of text; made once, since it reads the whole tokenizer."""
+        return chat.TextEncoder(self.tokenizer)
 
 
 def load(

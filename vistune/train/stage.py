@@ -115,7 +115,7 @@ def read_data(recipe: Recipe, loaded: models.Loaded, folder: Path) -> Data:
     cache = Path(recipe.data.cache) if recipe.data.cache else folder / "index"
     template = chat.template(loaded.template_name)
     chat.check_fits(template, loaded.tokenizer)
-    language = Language(template, chat.TextEncoder(loaded.tokenizer), loaded.layout, loaded.image_token_id)
+    language = Language(template, loaded.encoder, loaded.layout, loaded.image_token_id)
 
     def open_all() -> tuple[list[Reader], Index]:
         readers = [open_source(s.path, s.format, s.images, s.name, cache) for s in recipe.data.sources]
