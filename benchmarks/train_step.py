@@ -141,7 +141,7 @@ class Bench:
 
     def order(self, stage: int) -> list[int]:
         """Rows in the order in which vistune's plan takes them; the peers follow it. Without vistune: the file's."""
-        if "vistune" not in self.asked.who and "parity" not in self.asked.parts:
+        if not {"vistune", "vistune_bf16"} & set(self.asked.who) and "parity" not in self.asked.parts:
             return list(range(self.asked.steps * self.asked.batch))
         if stage not in self.orders:
             steps = max(self.asked.steps, self.asked.parity_steps)
