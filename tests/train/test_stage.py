@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -176,6 +177,7 @@ def _train(arguments: list[str], folder: Path, rank: int, world: int, port: int)
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.setpgid(0, 0)
     with (folder / f"output-{rank}.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -238,6 +240,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(start, data, tmp_path):
     assert 0 < int(checkpoint.folders(run)[-1].name.split("-")[1]) < 60 and "goes on from there" in output
     finish_run(start_run(recipe, tmp_path), tmp_path)
     assert len(losses(run)) == 60
+
+
+def test_ctrl_c_with_workers_saves_once(start, data, tmp_path):
+    """A terminal sends SIGINT to the data workers too; only the run itself listens."""
+    run = tmp_path / "run"
+    recipe = made_recipe(start, data, run, data={"workers": 2}, train={"steps": 200, "batch": 4})
+    process = start_run(recipe, tmp_path)
+    while not (run / "metrics.jsonl").exists() or not metrics.read(run):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output = finish_run(process, tmp_path, code=130)
+    assert output.count("saving after this step") == 1 and checkpoint.folders(run)
 
 
 def test_two_ranks_equal_one(start, data, tmp_path):

@@ -7,6 +7,7 @@ when a checkpoint is due.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -85,9 +86,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._process = os.getpid()
         self._before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _on(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a data worker inherits the handler: Ctrl-C is not for it, SIGTERM is
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
