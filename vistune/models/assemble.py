@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vistune import chat
@@ -30,6 +30,7 @@ VISION = {
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
+PIXELS = {"clip": transformers.CLIPImageProcessorPil, "siglip": transformers.SiglipImageProcessorPil}
 _OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "original/*", "onnx/*")
 
 _OTHER_HALF = r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)|position_ids$"
@@ -121,7 +122,8 @@ def read_vision(folder: Path, dtype: torch.dtype | str, *, finite: bool = True) 
     model = read_model(getattr(transformers, VISION[kind]), folder, dtype, extra=_OTHER_HALF, finite=finite)
     with quiet():
         try:
-            pixels = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            # The Pillow class by name: the automatic one asks for torchvision in some releases.
+            pixels = PIXELS[kind.partition("_")[0]].from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"vision: {folder} has no usable preprocessor_config.json ({error})") from error
     return model, pixels
