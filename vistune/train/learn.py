@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vistune.models.families import Family
+from vistune.models.flops import chosen
 from vistune.recipe import Lora, Rate, Recipe
 
 PARTS = ("vision", "connector", "language")
@@ -42,7 +43,7 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
     adapted = set(_inject(model, family, recipe.lora)) if recipe.lora.r else set()
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
-    chosen: dict[str, Learned] = {}
+    taken: dict[str, Learned] = {}
     for key in sorted(recipe.learn.root, key=lambda k: k.count(".")):
         part, rate = key.split(".")[0], recipe.learn.root[key]
         found = 0
@@ -51,11 +52,11 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
                 if part in recipe.lora.parts and recipe.lora.r and name not in adapted:
                     continue
                 parameters[name].requires_grad_(True)
-                chosen[name] = Learned(name, parameters[name], key, rate)
+                taken[name] = Learned(name, parameters[name], key, rate)
                 found += 1
         if not found:
             raise ValueError(f"learn.{key}: names no parameter of this model")
-    return [chosen[name] for name in names.values() if name in chosen]
+    return [taken[name] for name in names.values() if name in taken]
 
 
 def _modules(model: nn.Module, family: Family, key: str) -> list[nn.Module]:
@@ -65,16 +66,13 @@ def _modules(model: nn.Module, family: Family, key: str) -> list[nn.Module]:
         raise ValueError(f"learn.{key}: no part {part!r}; the parts are {', '.join(PARTS)}")
     if not rest:
         return family.parts(model)[part]
-    match = re.fullmatch(r"layers\.(-?\d*)(:?)(-?\d*)", rest)
-    if not match or rest == "layers.":
+    if not rest.startswith("layers."):
         raise ValueError(f'learn.{key}: after the part may stand layers.N or layers.FROM:TO, as in "vision.layers.-4:"')
-    layers = list(family.layers(model, part))
-    start, colon, stop = match.groups()
-    if not colon:
-        if not -len(layers) <= int(start) < len(layers):
-            raise ValueError(f"learn.{key}: {part} has {len(layers)} layers")
-        return [layers[int(start)]]
-    return layers[slice(int(start) if start else None, int(stop) if stop else None)]
+    layers = family.layers(model, part)
+    try:
+        return [layers[i] for i in chosen(rest.removeprefix("layers."), len(layers))]
+    except ValueError as error:
+        raise ValueError(f"learn.{key}: {error}") from None
 
 
 def _inject(model: nn.Module, family: Family, lora: Lora) -> list[str]:
@@ -136,8 +134,10 @@ def merge_adapters(model: nn.Module, stored: Callable[[str], Tensor]) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             layer: Any = module.get_base_layer()
-            layer.weight.data = stored(f"{path}.weight").to(layer.weight.device, torch.float32)
+            before = stored(f"{path}.weight")
+            layer.weight.data = before.to(layer.weight.device, torch.float32)
             module.merge()
+            layer.weight.data = layer.weight.data.to(before.dtype)  # summed in fp32, kept as the start folder keeps it
             layer.weight.requires_grad_(True)  # it is no longer what the start folder holds
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)

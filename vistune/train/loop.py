@@ -230,7 +230,8 @@ class Loop:
             )
 
     def _row(self, batches: list[Batch], totals: Totals, loss: float, norm: float, seconds: float) -> dict[str, Any]:
-        flops = float(ranks.all_sum(torch.tensor(sum(self.flops(b) for b in batches), dtype=torch.float64)))
+        mine = torch.tensor(float(sum(self.flops(b) for b in batches)), device=self.device)
+        flops = float(ranks.all_sum(mine))
         state = self.state
         return {
             "step": state.step,

@@ -281,7 +281,7 @@ def dry_run(folder: Path, loaded: models.Loaded, loop: Loop, save: Callable[[Sta
 
 def _try_export(folder: Path, loaded: models.Loaded) -> None:
     with checkpoint.disk_errors(folder):
-        needed = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        needed = sum(file.stat().st_size for file in loaded.folder.glob("*.safetensors"))
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise ValueError(
