@@ -22,6 +22,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     # room: (floor, its modules and packages under vistune). Inside a room modules import each other freely.
     "version": (0, ("",)),
     "samples": (1, ("samples",)),
+    "files": (1, ("files",)),
     "recipe": (1, ("recipe",)),
     "ranks": (1, ("ranks",)),
     "console": (1, ("console",)),
@@ -29,15 +30,17 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "chat": (2, ("chat", "templates", "text_encoder")),
     "data": (3, ("data",)),
     "models": (3, ("models",)),
-    "train": (4, ("train",)),
-    "generate": (4, ("generate",)),
-    "evaluate": (5, ("evaluate",)),
-    "serve": (5, ("serve",)),
-    "quickstart": (6, ("quickstart",)),
-    "preflight": (6, ("preflight",)),
-    "doctor": (6, ("doctor",)),
-    "report": (6, ("report",)),
-    "cli": (7, ("cli", "__main__")),
+    "inputs": (4, ("inputs",)),
+    "train": (5, ("train",)),
+    "generate": (5, ("generate",)),
+    "evaluate": (6, ("evaluate",)),
+    "prove": (6, ("prove",)),
+    "serve": (6, ("serve",)),
+    "quickstart": (7, ("quickstart",)),
+    "preflight": (7, ("preflight",)),
+    "doctor": (7, ("doctor",)),
+    "report": (7, ("report",)),
+    "cli": (8, ("cli", "cli_data", "__main__")),
 }
 
 LATE: dict[str, str] = {
@@ -57,7 +60,9 @@ LATE: dict[str, str] = {
     "peft": "takes seconds to import, and only LoRA needs it",
     "torch.nn.attention.varlen": "not on every device and build",
 }
-LATE_FILES = {"cli.py": "a verb imports its room when it is asked for, so that --help answers at once"}
+LATE_FILES = dict.fromkeys(
+    ("cli.py", "cli_data.py"), "a verb imports its room when it is asked for, so that --help answers at once"
+)
 
 SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers"}
 """Import name -> the dependency in pyproject.toml that brings it, where the names differ."""

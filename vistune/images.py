@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import fsspec
 import numpy as np
 import PIL.Image
 import torch
 
+from vistune import files
 from vistune.samples import Image
 
 MAX_PIXELS = 500_000_000
@@ -93,7 +93,7 @@ def _source(image: Image) -> Any:
         return io.BytesIO(image.data)
     if not image.path:
         raise ImageError("image_missing", image.path, "the row names no image")
-    return fsspec.open(image.path, "rb") if "://" in image.path else open(image.path, "rb")
+    return files.open_binary(image.path, image.start, image.size)
 
 
 class Layout(Protocol):

@@ -33,11 +33,16 @@ class Model(Section):
 class Source(Section):
     """One data file and where its pictures lie. `epochs` is how often its samples come in one epoch of the mixture."""
 
-    path: str = Field(description="the data file")
+    path: str = Field(description="the data file or folder; a path or a URI (s3://, gs://, hf://, ...)")
     format: str = Field("llava_json", description="how the file is laid out, see data.md")
     images: str | list[str] = Field("", description="folder or folders of its pictures; empty: the file's own")
     name: str = Field("", description="how faults call it; empty: the file's name")
     epochs: float = Field(1.0, gt=0, description="2.0: each sample twice an epoch; 0.5: another half each epoch")
+    weight: float = Field(0.0, ge=0, description="share of the mixture instead of epochs; then every source has one")
+    cap: int = Field(0, ge=0, description="at most so many of its samples an epoch, others each epoch; 0: all")
+    transforms: list[dict[str, Any]] = Field([], description="tables { do = NAME, ... }, in order; see mixing.md")
+    options: dict[str, Any] = Field({}, description="what its format takes beside, see formats.md")
+    expect: int = Field(0, ge=0, description="how many samples it should have; data check compares; 0: any number")
 
 
 class Data(Section):
@@ -46,6 +51,11 @@ class Data(Section):
     sources: list[Source] = Field(min_length=1, description="tables [[data.sources]], one a file")
     length: int = Field(2048, ge=8, description="longer samples are shortened at a turn")
     pack: bool = Field(True, description="several samples in one row, each seeing itself only")
+    images_per_pack: int = Field(0, ge=0, description="no pack has more images; 0: no limit")
+    pad: Literal["least", "length"] = Field("least", description="length: every pack is padded to data.length")
+    group: Literal["none", "modality", "length"] = Field(
+        "none", description="with pack = false: steps of like length, with or without images (LLaVA's order)"
+    )
     workers: int = Field(4, ge=0, description="processes per GPU that read and decode; 0: none but this one")
     strict: bool = Field(False, description="the first faulty row stops the run")
     quarantine_cap: float = Field(0.001, ge=0, le=1, description="share of the samples; at least 10 are allowed")
@@ -174,6 +184,11 @@ class Recipe(Section):
         for part in self.lora.parts if self.lora.r else ():
             if part not in named:
                 raise ValueError(f"lora.parts names {part}, but learn gives it no rate; add {part} = 2e-4 to [learn]")
+        if self.data.group != "none" and self.data.pack:
+            raise ValueError(f"data.group = {self.data.group!r} orders single samples; add data.pack = false")
+        weights = [source.weight > 0 for source in self.data.sources]
+        if any(weights) and not all(weights):
+            raise ValueError("data.sources: some have a weight and some have none; give one to each, or to none")
         if self.optimizer.warmup > 1 and self.optimizer.warmup != int(self.optimizer.warmup):
             raise ValueError(f"optimizer.warmup = {self.optimizer.warmup}: a share below 1, or whole steps")
         return self

@@ -5,8 +5,9 @@ Knows nothing of files, tokenizers or models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 IMAGE_MARK = "<image>"
 """Stands in a message's text where an image goes."""
@@ -22,10 +23,14 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """One image: where it lies, or its encoded bytes."""
+    """One image: where it lies, or its encoded bytes. With `size`, it is that many bytes of `path` from `start`, as in
+    a tar file; `name` is then what it is called there."""
 
     path: str = ""
     data: bytes | None = None
+    start: int = 0
+    size: int | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +43,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One conversation with its images, and where it was read: `row` counts from 0 within `source`."""
+    """One conversation with its images, and where it was read: `row` counts from 0 within `source`.
+
+    `notes` is what else the row said (options of a question, boxes, sizes, ...), for the transforms of a mixture.
+    """
 
     id: str
     source: str
     row: int
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 FaultCode = Literal[

@@ -82,7 +82,7 @@ def assemble(
     llava = family("llava")
     layout = clip.layout(pixels, config, image)
     processor = llava.processor(config, tokenizer, layout, chat.chat_template(chosen, tokenizer))
-    loaded = Loaded(Path(out), model, llava, tokenizer, processor, template, layout, image_token)
+    loaded = Loaded(Path(out), llava, tokenizer, processor, template, layout, image_token, model)
     save(loaded, out, frozen_from=None, card=_card(vision, language, connector))
     return loaded
 

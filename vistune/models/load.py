@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vistune import chat
@@ -33,11 +33,10 @@ UNFINISHED = ".vistune-unfinished"
 
 
 @dataclass
-class Loaded:
-    """A model with everything that goes with it. `template_name` is a key of `vistune.chat.TEMPLATES`."""
+class Described:
+    """What a folder says of a model, its weights apart. `template_name` is a key of `vistune.chat.TEMPLATES`."""
 
     folder: Path
-    model: PreTrainedModel
     family: Family
     tokenizer: Any
     processor: Any
@@ -51,6 +50,13 @@ class Loaded:
         return chat.TextEncoder(self.tokenizer)
 
 
+@dataclass
+class Loaded(Described):
+    """A model with everything that goes with it."""
+
+    model: PreTrainedModel
+
+
 def load(
     folder: Path | str, *, dtype: torch.dtype = torch.float32, template: str | None = None, image: str | None = None
 ) -> Loaded:
@@ -60,24 +66,32 @@ def load(
     mis-shaped weights, for values that are not finite, and for a template or tokenizer that does not fit.
     """
     folder = Path(folder)
+    family = family_of(read_config(folder), str(folder / "config.json"))
+    model = read_model(family.model_class, folder, dtype)
+    said = describe(folder, template=template, image=image)
+    return Loaded(**vars(said), model=model)
+
+
+def describe(folder: Path | str, *, template: str | None = None, image: str | None = None) -> Described:
+    """All of `load` but the weights: what is needed to read data as the model will see it. Raises ValueError."""
+    folder = Path(folder)
     raw = read_config(folder)
     family = family_of(raw, str(folder / "config.json"))
     ours = raw.get("vistune", {})
-    model = read_model(family.model_class, folder, dtype)
     with quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     name = template or ours.get("template", "tokenizer")
     chat.check_fits(chat.template(name), tokenizer)
-    return Loaded(
+    return Described(
         folder=folder,
-        model=model,
         family=family,
         tokenizer=tokenizer,
         processor=processor,
         template_name=name,
-        layout=family.layout(model.config, processor, image or ours.get("image")),
-        image_token_id=_image_token(folder, model, tokenizer),
+        layout=family.layout(config, processor, image or ours.get("image")),
+        image_token_id=_image_token(folder, config, tokenizer),
     )
 
 
@@ -128,9 +142,9 @@ def nonfinite(model: nn.Module) -> list[str]:
     return [name for name, tensor in tensors if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
 
 
-def _image_token(folder: Path, model: PreTrainedModel, tokenizer: Any) -> int:
+def _image_token(folder: Path, config: Any, tokenizer: Any) -> int:
     token = getattr(tokenizer, "image_token", None) or IMAGE_MARK
-    found, wanted = tokenizer.convert_tokens_to_ids(token), model.config.image_token_id
+    found, wanted = tokenizer.convert_tokens_to_ids(token), config.image_token_id
     if found != wanted:
         raise ValueError(
             f"{folder}: config.json says the image token is {wanted}, the tokenizer has {token!r} = {found}"

@@ -8,20 +8,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vistune import chat, console, ranks
+from vistune import console, inputs, ranks
 from vistune.data.batch import Batch
-from vistune.data.formats import Reader, open_source
-from vistune.data.index import Index, build_index
+from vistune.data.index import Index
 from vistune.data.loader import load as load_batches
 from vistune.data.plan import Plan
-from vistune.data.tokenize import Language
+from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
 from vistune.train import checkpoint, learn, metrics, parallel, record
@@ -56,16 +54,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
         ranks.stop()
 
 
-@dataclass
-class Data:
-    """The stage's data: readers, what turns rows into tokens, the index and the plan made of it."""
-
-    readers: list[Reader]
-    language: Language
-    index: Index
-    plan: Plan
-
-
 def claim(recipe: Recipe) -> Path:
     """The run folder, made or found again. Raises ValueError if it holds another recipe's run, or something else."""
     folder = Path(recipe.run)
@@ -96,8 +84,7 @@ def _refuse_other(recipe: Recipe, saved: Path) -> None:
 
 
 def load_model(recipe: Recipe) -> models.Loaded:
-    start = Path(recipe.model.start)
-    start = start / "model" if (start / "model" / "config.json").exists() else start
+    start = inputs.model_folder(recipe.model.start)
     return models.load(start, dtype=torch.float32, template=recipe.model.template, image=recipe.model.image)
 
 
@@ -112,31 +99,9 @@ def show_parts(loaded: models.Loaded, learned: list[Learned]) -> None:
 
 def read_data(recipe: Recipe, loaded: models.Loaded, folder: Path) -> Data:
     """Open the sources, index them (rank 0; the others read its cache), and lay the plan."""
-    cache = Path(recipe.data.cache) if recipe.data.cache else folder / "index"
-    template = chat.template(loaded.template_name)
-    chat.check_fits(template, loaded.tokenizer)
-    language = Language(template, loaded.encoder, loaded.layout, loaded.image_token_id)
-
-    def open_all() -> tuple[list[Reader], Index]:
-        readers = [open_source(s.path, s.format, s.images, s.name, cache) for s in recipe.data.sources]
-        index = build_index(readers, language, recipe.data.length, cache=cache, workers=recipe.data.workers)
-        return readers, index
-
-    ranks.on_first(open_all)
-    readers, index = open_all()
-    plan = Plan(
-        index,
-        batch=recipe.train.batch,
-        unit=recipe.train.unit,
-        length=recipe.data.length,
-        pack=recipe.data.pack,
-        seed=recipe.train.seed,
-        epochs=recipe.train.epochs,
-        steps=recipe.train.steps,
-        repeats=[source.epochs for source in recipe.data.sources],
-    )
-    _show_plan(recipe, index, plan)
-    return Data(readers, language, index, plan)
+    data = inputs.read(recipe, loaded, folder / "index")
+    _show_plan(recipe, data.index, data.plan)
+    return data
 
 
 def _show_plan(recipe: Recipe, index: Index, plan: Plan) -> None:

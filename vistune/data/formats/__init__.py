@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vistune.samples import Sample
 
@@ -31,9 +31,12 @@ class Reader(Protocol):
 
 
 class Opener(Protocol):
-    """How a format's module opens a source. `cache`: a folder where it may keep what is slow to find again."""
+    """How a format's module opens a source. `cache`: a folder where it may keep what is slow to find again; `options`:
+    what only this format takes (`refuse_unknown` names what it does not)."""
 
-    def __call__(self, path: str, images: Sequence[str], name: str, cache: Path | None) -> Reader: ...
+    def __call__(
+        self, path: str, images: Sequence[str], name: str, cache: Path | None, options: Mapping[str, Any]
+    ) -> Reader: ...
 
 
 FORMATS: dict[str, Opener] = {}
@@ -57,15 +60,26 @@ def open_source(
     images: str | Sequence[str] = "",
     name: str = "",
     cache: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Reader:
     """Open one source. `images`: the folder or folders its picture paths are relative to; `name`: how faults call it.
 
-    Raises ValueError for an unknown format and for a file that cannot be read at all.
+    Raises ValueError for an unknown format or option, and for a file that cannot be read at all.
     """
     if format not in FORMATS:
         raise ValueError(f"{path}: there is no data format {format!r}. Formats: {', '.join(sorted(FORMATS))}")
     folders = [images] if isinstance(images, str) else list(images)
-    return FORMATS[format](path, [folder for folder in folders if folder], name or Path(path).name, cache)
+    return FORMATS[format](
+        path, [folder for folder in folders if folder], name or Path(path).name, cache, options or {}
+    )
+
+
+def refuse_unknown(path: str, format: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Raises ValueError for an option that `format` does not take."""
+    for key in options:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise ValueError(f"{path}: format {format!r} has no option {key!r} (= {options[key]!r}); {takes}")
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vistune.data.formats import register
+from vistune.data.formats import refuse_unknown, register
 from vistune.data.json_rows import find_rows
 from vistune.samples import Fault, FaultCode, Image, Message, Role, Sample, SampleError
 
@@ -128,7 +128,10 @@ class LlavaJson:
 
 
 @register("llava_json")
-def open_llava_json(path: str, images: Sequence[str], name: str, cache: Path | None) -> LlavaJson:
+def open_llava_json(
+    path: str, images: Sequence[str], name: str, cache: Path | None, options: Mapping[str, Any]
+) -> LlavaJson:
+    refuse_unknown(path, "llava_json", options)
     return LlavaJson(path, images, name, cache)
 
 

@@ -1,0 +1,86 @@
+"""A recipe's data: sources opened and transformed, indexed, and laid out as a plan. No weights are read.
+
+What training, checking, showing and proving all begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vistune import chat, ranks
+from vistune.data.formats import Reader, open_source
+from vistune.data.index import Index, build_index
+from vistune.data.plan import Plan
+from vistune.data.tokenize import Language
+from vistune.models.load import Described, describe
+from vistune.recipe import Recipe, Source
+
+
+@dataclass
+class Data:
+    """A recipe's data: readers, what turns rows into tokens, the index and the plan made of it."""
+
+    readers: list[Reader]
+    language: Language
+    index: Index
+    plan: Plan
+
+
+def read(recipe: Recipe, model: Described, cache: Path) -> Data:
+    """Open the sources, index them (rank 0; the others read its cache), and lay the plan.
+
+    `cache` is where the index goes when the recipe names no place. Raises ValueError for what the user can mend.
+    """
+    cache = Path(recipe.data.cache) if recipe.data.cache else cache
+    language = language_of(model)
+
+    def open_all() -> tuple[list[Reader], Index]:
+        readers = open_readers(recipe.data.sources, cache)
+        index = build_index(readers, language, recipe.data.length, cache=cache, workers=recipe.data.workers)
+        return readers, index
+
+    ranks.on_first(open_all)
+    readers, index = open_all()
+    return Data(readers, language, index, plan_of(recipe, index))
+
+
+def open_readers(sources: Sequence[Source], cache: Path | None) -> list[Reader]:
+    """One reader a source, its transforms applied."""
+    return [open_reader(source, cache) for source in sources]
+
+
+def open_reader(source: Source, cache: Path | None) -> Reader:
+    return open_source(source.path, source.format, source.images, source.name, cache, source.options)
+
+
+def language_of(model: Described) -> Language:
+    template = chat.template(model.template_name)
+    chat.check_fits(template, model.tokenizer)
+    return Language(template, model.encoder, model.layout, model.image_token_id)
+
+
+def plan_of(recipe: Recipe, index: Index) -> Plan:
+    return Plan(
+        index,
+        batch=recipe.train.batch,
+        unit=recipe.train.unit,
+        length=recipe.data.length,
+        pack=recipe.data.pack,
+        seed=recipe.train.seed,
+        epochs=recipe.train.epochs,
+        steps=recipe.train.steps,
+        repeats=[source.epochs for source in recipe.data.sources],
+    )
+
+
+def model_folder(start: str | Path) -> Path:
+    """The model folder of `start`: itself, or the `model` in it when it is a run's."""
+    start = Path(start)
+    return start / "model" if (start / "model" / "config.json").exists() else start
+
+
+def describe_model(recipe: Recipe) -> Described:
+    """What the recipe's start folder says of the model, its weights apart."""
+    return describe(model_folder(recipe.model.start), template=recipe.model.template, image=recipe.model.image)
