@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vistune import __version__, console
+from vistune import __version__, cli_data, console
 
 app = typer.Typer(
     add_completion=False,
@@ -21,8 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Assemble, train, check, evaluate and serve LLaVA-family vision-language models.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at training data.")
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -115,37 +114,6 @@ def chat(
 
     settings = generate.Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     generate.converse(model, list(image or []), ask, settings, device)
-
-
-@data_app.command("show")
-def data_show(
-    file: Annotated[Path, typer.Argument(help="A data file.")],
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's or a model's folder.")],
-    template: Annotated[str, typer.Option(help="Name of a chat template.")],
-    images: Annotated[list[str] | None, typer.Option(help="Folder of the pictures; may be repeated.")] = None,
-    format: Annotated[str, typer.Option(help="How the file is laid out.")] = "llava_json",
-    rows: Annotated[int, typer.Option(help="How many rows; 0 is all.")] = 0,
-    json: Json = False,
-) -> None:
-    """Show rows as training sees them: every token, and which are supervised. No picture is opened.
-
-    With --json one object a line: id, prompt, ids (an image is one -200), labels (-100: no loss), supervised_text."""
-    from itertools import islice
-    from json import dumps
-
-    from vistune import chat
-    from vistune.data import formats, show
-    from vistune.text_encoder import open_encoder
-
-    chosen = chat.template(template)
-    encoder = open_encoder(tokenizer)
-    chat.check_fits(chosen, encoder.tokenizer)
-    shown = show.rows(formats.open_source(str(file), format, images or ""), chosen, encoder)
-    for one in islice(shown, rows or None):
-        if json:
-            print(dumps(one, ensure_ascii=False))
-        else:
-            console.out.print(show.coloured(one, encoder))
 
 
 def _humans_to_stderr(json: bool) -> None:

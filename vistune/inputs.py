@@ -6,16 +6,19 @@ What training, checking, showing and proving all begin with.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vistune import chat, ranks
+from vistune import recipe as recipes
 from vistune.data.formats import Reader, open_source
 from vistune.data.index import Index, build_index
 from vistune.data.plan import Plan
 from vistune.data.tokenize import Language
-from vistune.models.load import Described, describe
+from vistune.images import FixedLayout
+from vistune.models.load import Described, describe, read_config
 from vistune.recipe import Recipe, Source
+from vistune.text_encoder import open_encoder
 
 
 @dataclass
@@ -84,3 +87,52 @@ def model_folder(start: str | Path) -> Path:
 def describe_model(recipe: Recipe) -> Described:
     """What the recipe's start folder says of the model, its weights apart."""
     return describe(model_folder(recipe.model.start), template=recipe.model.template, image=recipe.model.image)
+
+
+@dataclass
+class Target:
+    """What a verb of `vistune data` was pointed at: a recipe's sources, or one data file."""
+
+    readers: list[Reader]
+    language: Language | None  # None for a data file without a tokenizer
+    length: int
+    expect: list[int] = field(default_factory=list)  # samples each source should have; 0: any number
+    recipe: Recipe | None = None
+
+
+def open_target(
+    target: str,
+    words: Sequence[str],
+    *,
+    format: str,
+    images: Sequence[str],
+    tokenizer: str,
+    template: str,
+    length: int,
+    cache: Path | None = None,
+) -> Target:
+    """A recipe when `target` ends with .toml, else a data file or folder. Raises ValueError for what does not fit."""
+    if target.endswith(".toml"):
+        recipe = recipes.read(target, words)
+        language = language_of(describe_model(recipe))
+        expect = [source.expect for source in recipe.data.sources]
+        readers = open_readers(recipe.data.sources, cache)
+        return Target(readers, language, recipe.data.length, expect, recipe)
+    if words:
+        raise ValueError(
+            f"{words[0]!r}: words lie over a recipe, and {target} is none (its name does not end in .toml)"
+        )
+    chosen = language_for(tokenizer, template) if tokenizer else None
+    source = Source(path=target, format=format, images=list(images))
+    return Target([open_reader(source, cache)], chosen, length)
+
+
+def language_for(folder: str, template: str = "") -> Language:
+    """Of a model's folder as it says; of a plain tokenizer's folder with LLaVA-1.5's pictures (336, 576 tokens)."""
+    model = model_folder(folder)
+    if (model / "config.json").exists() and "vision_config" in read_config(model):
+        return language_of(describe(model, template=template or None))
+    chosen = chat.template(template or "tokenizer")
+    encoder = open_encoder(folder)
+    chat.check_fits(chosen, encoder.tokenizer)
+    return Language(chosen, encoder, FixedLayout(), image_token_id=len(encoder.tokenizer))
