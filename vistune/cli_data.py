@@ -1,4 +1,4 @@
-"""The verbs of `vistune data`: words in, exit codes out. Each verb's work is done elsewhere, imported when asked for."""
+"""The verbs of `vistune data`: words in, exit codes out. Each verb's room is imported when it is asked for."""
 
 from __future__ import annotations
 

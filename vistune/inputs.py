@@ -119,9 +119,7 @@ def open_target(
         readers = open_readers(recipe.data.sources, cache)
         return Target(readers, language, recipe.data.length, expect, recipe)
     if words:
-        raise ValueError(
-            f"{words[0]!r}: words lie over a recipe, and {target} is none (its name does not end in .toml)"
-        )
+        raise ValueError(f"{words[0]!r}: words lie over a recipe; {target} does not end in .toml")
     chosen = language_for(tokenizer, template) if tokenizer else None
     source = Source(path=target, format=format, images=list(images))
     return Target([open_reader(source, cache)], chosen, length)
