@@ -109,7 +109,7 @@ def _write(folder: Path, size: Size) -> None:
     share = len(tokenizer.encode(words.text(1000))) / 1000
     (folder / "images").mkdir()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda i: _picture(folder / "images" / f"{i:06d}.jpg", i, size), range(size.samples)))
+        list(pool.map(lambda i: write_picture(folder / "images" / f"{i:06d}.jpg", i, size), range(size.samples)))
     (folder / "stage1.json").write_text(json.dumps([_caption(i, words, share) for i in range(size.samples)], indent=0))
     rows = [_chat(i, words, share, size) for i in range(size.samples)]
     (folder / "stage2.json").write_text(json.dumps(rows, indent=0))
@@ -189,7 +189,7 @@ def _chat(i: int, words: Words, share: float, size: Size) -> dict[str, Any]:
     return {**row, "image": f"{i:06d}.jpg"} if pictured else row
 
 
-def _picture(path: Path, i: int, size: Size) -> None:
+def write_picture(path: Path, i: int, size: Size) -> None:
     """A JPEG that compresses like a photograph: soft light, a few objects with edges, texture, grain."""
     rng = np.random.default_rng([size.seed, i])
     width, height = size.pictures[i % len(size.pictures)]
