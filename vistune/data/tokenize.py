@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,16 +152,21 @@ def _encode(sample: Sample, messages: tuple[Message, ...], language: Language) -
         return encode(language.template, language.encoder, messages, has_images=bool(sample.images))
     except ChatError as error:
         raise fault(sample, error.code, error.reason) from None
+    except UnicodeEncodeError as error:
+        raise fault(sample, "row_unreadable", f"its text is no Unicode text: {error}") from None
 
 
 def _placeholders(image: Image, sample: Sample, layout: Layout) -> int:
     """Tokens of `image`, from its header where the layout wants the size; else it is only seen to be there."""
     if image.data is None:
         try:
-            size = os.stat(image.path).st_size
-        except OSError as error:
-            raise fault(sample, "image_missing", error.strerror or "cannot be read", image.path) from None
-        if not size:
+            facts = os.stat(image.path)
+        except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL in it
+            reason = (error.strerror if isinstance(error, OSError) else str(error)) or "cannot be read"
+            raise fault(sample, "image_missing", reason, image.path) from None
+        if not stat.S_ISREG(facts.st_mode):
+            raise fault(sample, "image_broken", "a folder, a pipe or a device, no file", image.path)
+        if not facts.st_size:
             raise fault(sample, "image_broken", "the file is empty", image.path)
     if not layout.needs_size:
         return layout.tokens(0, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from vistune.data.json_rows import find_rows
 from vistune.samples import Fault, FaultCode, Image, Message, Role, Sample, SampleError
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a character in UTF-16. Without the other half it is no text, and no file can hold it."""
 
 
 class LlavaJson:
@@ -59,6 +62,13 @@ class LlavaJson:
         images = tuple(Image(path=self._resolve(path)) for path in paths)
         return Sample(id=str(id), source=self.name, row=row, messages=messages, images=images)
 
+    def raw(self, row: int) -> bytes:
+        """The row as it stands in the file; no bytes for a row that is no object."""
+        start, end = (int(byte) for byte in self._spans[row])
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY)
+        return os.pread(self._file, end - start, start)
+
     def fingerprint(self) -> str:
         return _digest(f"{self._facts} {self.name} {[str(folder.absolute()) for folder in self.folders]}")
 
@@ -84,10 +94,11 @@ class LlavaJson:
 
     def _object(self, row: int) -> dict[str, Any]:
         start, end = (int(byte) for byte in self._spans[row])
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
+        raw = self.raw(row)
         try:
-            data = json.loads(os.pread(self._file, end - start, start))
+            data = json.loads(raw.decode("utf-8"))  # by itself `json` lets halves of characters pass
+            if _HALF.search(raw):
+                json.dumps(data, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             reason = "not a JSON object" if start == end else f"not JSON (row begins at byte {start}): {error}"
             raise self._fault(row, "", "row_unreadable", reason) from None
