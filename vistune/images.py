@@ -6,6 +6,7 @@ Knows nothing of samples' text, tokenizers or models' weights.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,8 +62,13 @@ def open_image(image: Image) -> PIL.Image.Image:
 
 def image_size(image: Image) -> tuple[int, int]:
     """Width and height in pixels, from the header alone. Raises ImageError."""
+    return image_header(image)[1:]
+
+
+def image_header(image: Image) -> tuple[str, int, int]:
+    """Format as Pillow calls it ("JPEG", "PNG", ...), width and height, from the header alone. Raises ImageError."""
     with _opened(image) as picture:
-        return picture.size
+        return picture.format or "", *picture.size
 
 
 @contextmanager
@@ -93,6 +99,8 @@ def _source(image: Image) -> Any:
         return io.BytesIO(image.data)
     if not image.path:
         raise ImageError("image_missing", image.path, "the row names no image")
+    if not files.is_remote(image.path) and os.path.exists(image.path) and not os.path.isfile(image.path):
+        raise ImageError("image_broken", image.path, "a folder, a pipe or a device, no file")  # a pipe may never end
     return files.open_binary(image.path, image.start, image.size)
 
 
