@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -45,53 +45,82 @@ class ImageError(ValueError):
         return type(self), (self.code, self.path, self.reason)
 
 
+class Picture:
+    """One image, its file opened once: `size` and `format` (Pillow's name) from the header; then `rgb()` decodes."""
+
+    def __init__(self, image: Image):
+        """Reads the header. Raises ImageError."""
+        self._image = image
+        self._files = ExitStack()
+        with _named(image.path), ExitStack() as opening:
+            stream = opening.enter_context(_source(image))
+            self._opened = opening.enter_context(PIL.Image.open(stream))
+            width, height = self.size = self._opened.size
+            self.format = self._opened.format or ""
+            if width * height > MAX_PIXELS:
+                raise ImageError(
+                    "image_broken", image.path, f"{width} x {height} pixels are more than {MAX_PIXELS:,}; shrink it"
+                )
+            self._files = opening.pop_all()
+
+    def rgb(self) -> PIL.Image.Image:
+        """The image in RGB; see `open_image`. Raises ImageError."""
+        with _named(self._image.path):
+            mode = self._opened.mode
+            if mode.startswith("I;16"):
+                return PIL.Image.fromarray((np.asarray(self._opened) >> 8).astype(np.uint8)).convert("RGB")
+            if mode in ("I", "F"):
+                reason = f"pixels of mode {mode} have no fixed range; save 8 bits"
+                raise ImageError("image_broken", self._image.path, reason)
+            self._opened.load()
+            return self._opened if self._opened.mode == "RGB" else self._opened.convert("RGB")
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> Picture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def open_image(image: Image) -> PIL.Image.Image:
     """The image in RGB. Alpha is dropped, not composited, and EXIF orientation is ignored, as the reference does.
 
     Gray of 16 bits is scaled to 8 (the reference lets it saturate). Raises ImageError.
     """
-    with _opened(image) as picture:
-        if picture.mode.startswith("I;16"):
-            return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-        if picture.mode in ("I", "F"):
-            raise ImageError(
-                "image_broken", image.path, f"pixels of mode {picture.mode} have no fixed range; save 8 bits"
-            )
-        return picture.convert("RGB")
+    with Picture(image) as picture:
+        return picture.rgb()
 
 
 def image_size(image: Image) -> tuple[int, int]:
     """Width and height in pixels, from the header alone. Raises ImageError."""
-    return image_header(image)[1:]
+    with Picture(image) as picture:
+        return picture.size
 
 
 def image_header(image: Image) -> tuple[str, int, int]:
-    """Format as Pillow calls it ("JPEG", "PNG", ...), width and height, from the header alone. Raises ImageError."""
-    with _opened(image) as picture:
-        return picture.format or "", *picture.size
+    """What Pillow calls the format, width and height. Raises ImageError."""
+    with Picture(image) as picture:
+        return picture.format, *picture.size
 
 
 @contextmanager
-def _opened(image: Image) -> Iterator[PIL.Image.Image]:
+def _named(path: str) -> Iterator[None]:
     """Pillow and its many plugins raise nearly anything on broken bytes: all of it becomes ImageError here."""
     try:
-        with _source(image) as stream, PIL.Image.open(stream) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(
-                    "image_broken", image.path, f"{width} x {height} pixels are more than {MAX_PIXELS:,}; shrink it"
-                )
-            yield picture
+        yield
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError("image_missing", image.path, "no such file") from error
+        raise ImageError("image_missing", path, "no such file") from error
     except PIL.Image.DecompressionBombError as error:
-        raise ImageError("image_broken", image.path, f"more than {MAX_PIXELS:,} pixels; shrink it ({error})") from error
+        raise ImageError("image_broken", path, f"more than {MAX_PIXELS:,} pixels; shrink it ({error})") from error
     except PIL.UnidentifiedImageError as error:
-        raise ImageError("image_broken", image.path, "not an image that Pillow knows") from error
+        raise ImageError("image_broken", path, "not an image that Pillow knows") from error
     except Exception as error:
-        raise ImageError("image_broken", image.path, f"{type(error).__name__}: {error}") from error
+        raise ImageError("image_broken", path, f"{type(error).__name__}: {error}") from error
 
 
 def _source(image: Image) -> Any:
@@ -105,17 +134,29 @@ def _source(image: Image) -> Any:
 
 
 class Layout(Protocol):
-    """How a family lays out an image: size -> number of tokens, picture -> pixels."""
+    """How a family lays out an image: size in pixels -> number of tokens, picture -> pixels.
 
-    mean: RGB
-    std: RGB
-    needs_size: bool  # False when `tokens` ignores its arguments: then no header needs to be read
+    Pixels are uint8: [3, H, W], the same for every image, where `grid` is None; else [patches, 3 * patch * patch], and
+    `grid` says (frames, rows, columns) of them. An image that cannot be laid out raises ImageError. `repr` tells
+    everything: the index is made anew when it changes.
+    """
+
+    @property
+    def mean(self) -> RGB: ...
+
+    @property
+    def std(self) -> RGB: ...
+
+    @property
+    def needs_size(self) -> bool: ...  # False when only `prepare` looks at the picture: then no header is read
 
     def tokens(self, width: int, height: int) -> int: ...
 
+    def grid(self, width: int, height: int) -> tuple[int, int, int] | None: ...
+
     def prepare(self, image: PIL.Image.Image) -> np.ndarray: ...
 
-    def blank(self) -> np.ndarray: ...
+    def blank(self, width: int, height: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +187,16 @@ class FixedLayout:
         """The same for every image: one per patch, and the extra ones."""
         return (self.size // self.patch) ** 2 + self.extra_tokens
 
+    def grid(self, width: int = 0, height: int = 0) -> None:
+        """None: every image has the same pixels."""
+
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
         """uint8 [3, size, size] of an RGB image. Raises ImageError when it is too long and thin to be resized."""
         if self.mode == "pad":
             image = self._padded(image)
         return np.ascontiguousarray(np.asarray(self._cropped(image)).transpose(2, 0, 1))
 
-    def blank(self) -> np.ndarray:
+    def blank(self, width: int = 0, height: int = 0) -> np.ndarray:
         """Stands in for an image that could not be read: the mean colour, uint8 [3, size, size]."""
         colour = np.array(self._mean_colour(), dtype=np.uint8)
         return np.ascontiguousarray(np.broadcast_to(colour[:, None, None], (3, self.size, self.size)))
@@ -198,17 +242,21 @@ class FixedLayout:
             patch=patch,
             extra_tokens=extra_tokens,
             resize=resize,
-            mean=_three(read["image_mean"]) if normalized else (0.0, 0.0, 0.0),
-            std=_three(read["image_std"]) if normalized else (1.0, 1.0, 1.0),
+            mean=three(read["image_mean"]) if normalized else (0.0, 0.0, 0.0),
+            std=three(read["image_std"]) if normalized else (1.0, 1.0, 1.0),
             resample=int(read["resample"]),
         )
 
 
 def normalize(pixels: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [N, 3, H, W] -> (x / 255 - mean) / std, computed in fp32 on the pixels' device and cast to `dtype`."""
-    mean = torch.tensor(layout.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(layout.std, device=pixels.device).view(3, 1, 1)
-    return pixels.float().div_(255).sub_(mean).div_(std).to(dtype)
+    """(x / 255 - mean) / std of uint8 [N, 3, H, W] or [patches, 3 * values], in the same shape.
+
+    Computed in fp32 on the pixels' device and cast to `dtype`.
+    """
+    mean = torch.tensor(layout.mean, device=pixels.device).view(3, 1)
+    std = torch.tensor(layout.std, device=pixels.device).view(3, 1)
+    flat = pixels.float().view(len(pixels), 3, -1)
+    return flat.div_(255).sub_(mean).div_(std).to(dtype).view(pixels.shape)
 
 
 def _check_room(width: int, height: int, image: PIL.Image.Image) -> None:
@@ -248,6 +296,7 @@ def _sides(read: dict[str, Any], mode: Mode | None) -> tuple[int, int | None]:
     return int(height), None if resize is None else int(resize)
 
 
-def _three(values: Any) -> RGB:
+def three(values: Any) -> RGB:
+    """Three floats, one a channel."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue

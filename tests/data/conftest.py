@@ -37,7 +37,10 @@ class ToyLayout:
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
         return np.asarray(image.resize((self.size, self.size))).transpose(2, 0, 1).copy()
 
-    def blank(self) -> np.ndarray:
+    def grid(self, width: int, height: int) -> None:
+        """None: every image has the same pixels."""
+
+    def blank(self, width: int = 0, height: int = 0) -> np.ndarray:
         return np.full((3, self.size, self.size), 127, np.uint8)
 
 
