@@ -145,7 +145,7 @@ def test_a_torn_list_names_row_and_byte(tmp_path, cut):
         ("[]", "no rows"),
         ('[{"a": [1}]', "row 0, which begins at byte 1: at byte 9 '}'"),
         ('[{"a": 1}, oops {"a": 2}]', "before row 1, at byte 9: 'oops'"),
-        ('[{"a": 1}] [{"a": 2}]', "more at byte 11"),
+        ('[{"a": 1}] [{"a": 2}]', "more is at byte 11"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, message):
@@ -186,7 +186,7 @@ def test_a_row_beyond_four_gigabytes(tmp_path, monkeypatch):
     with open(path, "wb") as file:  # a hole, which costs no disk; scanning it would cost time, so the place is given
         file.seek(place)
         file.write(row)
-    monkeypatch.setattr("vistune.data.formats.llava_json.find_rows", lambda _: np.array([[place, place + len(row)]]))
+    monkeypatch.setattr("vistune.data.json_rows.find_rows", lambda _: np.array([[place, place + len(row)]]))
     assert open_source(str(path))[0].id == "x"
     monkeypatch.undo()
     path.write_bytes(row + b"\n" + row)

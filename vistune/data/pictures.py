@@ -1,151 +1,112 @@
-"""What is wrong with one picture: where its file is, what its header says, whether all of it decodes.
+"""Where the pictures that rows name lie: paths against folders, local or behind a URI, and bytes written into the row.
 
-Knows nothing of rows.
+Opens no picture; whether one can be decoded is found where it is decoded.
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import binascii
 import os
-import stat
-from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from vistune import files
-from vistune.images import MAX_PIXELS, ImageError, Layout, image_header, open_image
-from vistune.samples import Image
+from vistune.samples import FaultCode, Image
 
-MAX_ASPECT = 200
-"""Longer or wider than this a picture is a line: resized to any usual side, less than two pixels of it are left."""
+LONGEST_PATH = 4096
+"""Characters; what is longer is no path (Linux: PATH_MAX)."""
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".jpg", ".jpeg", ".mpo"),  # JPEG with a second picture behind it, as cameras write
-    "PNG": (".png", ".apng"),
-    "GIF": (".gif",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp", ".dib"),
-    "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif", ".avifs"),
-    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"),
-}
-"""What Pillow calls a format -> the extensions of its files."""
-
-TRIED = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG", ".GIF", ".WEBP")
-"""Extensions under which a missing file is looked for, in this order."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+\Z")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Located:
-    """Where a picture is. `code` (of `findings.WHAT`) is empty when it is where it should be; `image` is None when it
-    is nowhere."""
+class PictureError(ValueError):
+    """A row's entry that names no picture, with the code of its fault."""
 
-    image: Image | None
-    code: str = ""
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What a look into a picture found: (code, message) pairs, and what its header says when it has one."""
-
-    found: tuple[tuple[str, str], ...] = ()
-    format: str = ""
-    width: int = 0
-    height: int = 0
+    def __init__(self, code: FaultCode, reason: str):
+        self.code = code
+        self.reason = reason
+        super().__init__(reason)
 
 
-def locate(image: Image) -> Located:
-    """Whether the picture is there, under its own name or another extension. Opens nothing."""
-    if image.data is not None:
-        return Located(image=image) if image.data else _broken("no bytes")
-    if not image.path:
-        return Located(image=None, code="image_missing", message="the row names no picture")
-    if image.size is not None:  # inside a container, whose format has found it there
-        return Located(image=image)
-    return _located_far(image) if files.is_remote(image.path) else _located_here(image)
+class Folders:
+    """Folders that relative picture paths are looked for in, in order. Raises ValueError for one that is not there.
+
+    `source` is the data file or folder; without any folder, paths are relative to `beside`.
+    """
+
+    def __init__(self, source: str, folders: Sequence[str], beside: str):
+        self.all = list(folders) or [beside]
+        for folder in self.all:
+            if not files.is_folder(folder):
+                raise ValueError(f"{source}: its image folder {folder} does not exist")
+        self._first = "" if files.is_remote(self.all[0]) else self.all[0]
+
+    def resolve(self, path: str) -> str:
+        """`path` in the first folder that has it; one that is nowhere keeps the first folder. An absolute path or a
+        URI stays itself."""
+        # Most are local, and there is a row for each: no detours.
+        local = self._first and "://" not in path
+        first = os.path.join(self._first, path) if local else files.join(self.all[0], path)
+        if len(self.all) == 1 or files.exists(first):
+            return first
+        tried = (files.join(folder, path) for folder in self.all[1:])
+        return next((file for file in tried if files.exists(file)), first)
+
+    def fingerprint(self) -> str:
+        return str([folder if files.is_remote(folder) else os.path.abspath(folder) for folder in self.all])
 
 
-def key(image: Image) -> int:
-    """64 bits that are the same for the same picture: of its place, or of its bytes when it lies in the row."""
-    what = image.data
-    if what is None:
-        what = f"{image.path}\0{image.start}\0{image.size}\0{image.name}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "little")
+def beside(path: str | Path) -> str:
+    """The folder that a file lies in."""
+    return str(path).rpartition("/")[0] if files.is_remote(path) else str(Path(path).parent)
 
 
-def judge(image: Image, *, decode: bool, layout: Layout | None = None) -> Verdict:
-    """Look into a picture that is there: its header, and with `decode` all its pixels, as training would see them."""
+def picture(value: Any, folders: Folders) -> Image:
+    """The picture that `value` stands for: bytes, `{bytes, path}` as `datasets` writes it, `{url}`, a path, a URI, a
+    `data:` URI, or base64. Raises PictureError."""
+    if isinstance(value, Mapping):
+        return _of_mapping(value, folders)
+    if isinstance(value, bytes):
+        return Image(data=value) if value else _refuse("image_broken", "a picture of 0 bytes")
+    if not isinstance(value, str):
+        _refuse("row_unreadable", f"a picture is {str(value)[:60]!r}, expected bytes, a path, or {{bytes, path}}")
+    if value.startswith("data:"):
+        head, comma, text = value.partition(",")
+        return (
+            _decoded(text)
+            if comma and head.endswith(";base64")
+            else _refuse("image_broken", "a data: URI of no base64")
+        )
+    if len(value) > LONGEST_PATH:
+        return _decoded(value)
+    if not value or "\0" in value:
+        _refuse("row_unreadable", f"a picture's path is {value[:60]!r}")
+    return Image(path=folders.resolve(value))
+
+
+def _of_mapping(value: Mapping[str, Any], folders: Folders) -> Image:
+    path = next((value[key] for key in ("path", "url", "file_name") if isinstance(value.get(key), str)), "")
+    if data := value.get("bytes"):
+        if not isinstance(data, bytes):
+            return picture(data, folders)  # JSON has no bytes: text in base64
+        return Image(data=data, name=path)
+    if not path:
+        _refuse("image_missing", "a picture has neither bytes nor a path")
+    return picture(path, folders)
+
+
+def _decoded(text: str) -> Image:
     try:
-        format, width, height = image_header(image)
-    except ImageError as error:
-        return Verdict(found=((_code(error), error.reason),))
-    found: list[tuple[str, str]] = []
-    if (said := _format_said(image)) and format in FORMATS and said not in FORMATS[format]:
-        found.append(("image_format", f"the name says {said}, the content is {format}"))
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        found.append(("image_aspect", f"{width} x {height} pixels"))
-    if decode:
-        try:
-            picture = open_image(image)
-            if layout is not None:
-                layout.prepare(picture)
-        except ImageError as error:
-            found.append((_code(error), error.reason))
-        except MemoryError:
-            found.append(("image_broken", f"{width} x {height} pixels do not fit into this machine's memory"))
-    return Verdict(found=tuple(found), format=format, width=width, height=height)
+        if not _BASE64.match(text):
+            raise binascii.Error("characters that are not in its alphabet")
+        data = base64.b64decode(text.replace("-", "+").replace("_", "/"))
+    except binascii.Error as error:
+        _refuse("image_broken", f"base64 that cannot be decoded: {error}")
+    return Image(data=data) if data else _refuse("image_broken", "a picture of 0 bytes")
 
 
-def _code(error: ImageError) -> str:
-    if error.code == "image_missing":
-        return "image_missing"
-    if f"{MAX_PIXELS:,}" in error.reason:
-        return "image_bomb"
-    return "image_truncated" if "truncated" in error.reason.lower() else "image_broken"
-
-
-def _format_said(image: Image) -> str:
-    """The extension of the picture's name, if it is one of a picture."""
-    extension = PurePosixPath(image.name or image.path).suffix.lower()
-    return extension if any(extension in known for known in FORMATS.values()) else ""
-
-
-def _broken(message: str) -> Located:
-    return Located(image=None, code="image_broken", message=message)
-
-
-def _located_here(image: Image) -> Located:
-    try:
-        facts = os.stat(image.path)
-    except (FileNotFoundError, NotADirectoryError):
-        return _elsewhere(image, [other for other in _others(image.path) if os.path.isfile(other)])
-    except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL in it
-        reason = (error.strerror if isinstance(error, OSError) else str(error)) or "cannot be read"
-        return Located(image=None, code="image_missing", message=reason)
-    if stat.S_ISDIR(facts.st_mode):
-        return _broken("a folder, no file")
-    if not stat.S_ISREG(facts.st_mode):
-        return _broken("a pipe, a socket or a device, no file")
-    return Located(image=image) if facts.st_size else _broken("the file is empty")
-
-
-def _located_far(image: Image) -> Located:
-    try:
-        if files.exists(image.path):
-            return Located(image=image)
-        return _elsewhere(image, [other for other in _others(image.path) if files.exists(other)])
-    except (OSError, ValueError, ImportError) as error:
-        return Located(image=None, code="image_missing", message=f"cannot be asked for: {error}")
-
-
-def _others(path: str) -> list[str]:
-    stem, _ = os.path.splitext(path)
-    return [stem + extension for extension in TRIED if stem + extension != path]
-
-
-def _elsewhere(image: Image, others: list[str]) -> Located:
-    if not others:
-        return Located(image=None, code="image_missing", message="no such file")
-    message = f"no such file, but {PurePosixPath(others[0]).name} is there"
-    return Located(image=replace(image, path=others[0]), code="image_extension", message=message)
+def _refuse(code: FaultCode, reason: str) -> Any:
+    raise PictureError(code, reason)

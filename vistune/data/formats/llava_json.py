@@ -1,34 +1,31 @@
 """LLaVA's own format: a JSON list, or one JSON object per line, of conversations with picture paths.
 
-A row is read by its place in the file, one at a time; the file is never held in memory.
+A row is read by its place in the file, one at a time; the file is never held in memory, and may lie behind a URI.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_rows import find_rows
+from vistune.data.json_rows import JsonRows, RowError, kind
+from vistune.data.pictures import LONGEST_PATH, Folders, beside
 from vistune.samples import Fault, FaultCode, Image, Message, Role, Sample, SampleError
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Half of a character in UTF-16. Without the other half it is no text, and no file can hold it."""
+KEYS = ("id", "image", "conversations")
 
 
 class LlavaJson:
     """Rows `{"id", "image": path or list of paths (optional), "conversations": [{"from": human|gpt|system, "value"}]}`.
 
-    Other keys are ignored, a row without id is called by its number. A relative picture path is looked for in
-    `folders` in order (in the file's own folder if there are none); one that is nowhere keeps the first folder.
+    Other keys are the sample's notes, a row without id is called by its number. A relative picture path is looked for
+    in `folders` in order (in the file's own folder if there are none); one that is nowhere keeps the first folder.
+    File and folders may be URIs.
 
     Whether marks and pictures agree is not judged here: see `vistune.data.tokenize.check_marks`.
     """
@@ -36,80 +33,33 @@ class LlavaJson:
     def __init__(self, path: str, folders: Sequence[str], name: str, cache: Path | None = None):
         self.path = path
         self.name = name
-        self.folders = [Path(folder) for folder in folders] or [Path(path).parent]
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise ValueError(f"{path}: its image folder {folder} does not exist")
-        try:
-            facts = os.stat(path)
-        except OSError as error:
-            raise ValueError(f"{path}: the data file cannot be opened: {error.strerror}") from None
-        self._facts = f"{Path(path).absolute()} {facts.st_size} {facts.st_mtime_ns}"
-        self._spans_file = cache / f"rows-{_digest(self._facts)}.npy" if cache else None
-        self._spans = self._find()
-        self._file: int | None = None
+        self.folders = Folders(path, folders, beside(path))
+        self._rows = JsonRows(path, cache)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._rows)
 
     def __getitem__(self, row: int) -> Sample:
-        data = self._object(row)
+        try:
+            data = self._rows.object(row)
+        except RowError as error:
+            raise self._fault(row, "", "row_unreadable", str(error)) from None
         id = row if data.get("id") is None else data["id"]
         if isinstance(id, bool) or not isinstance(id, str | int):
-            raise self._fault(row, "", "row_unreadable", f"id is {_kind(id)}, expected a string or a number")
+            raise self._fault(row, "", "row_unreadable", f"id is {kind(id)}, expected a string or a number")
         messages = tuple(self._messages(row, str(id), data))
-        paths = self._paths(row, str(id), data)
-        images = tuple(Image(path=self._resolve(path)) for path in paths)
-        return Sample(id=str(id), source=self.name, row=row, messages=messages, images=images)
-
-    def raw(self, row: int) -> bytes:
-        """The row as it stands in the file; no bytes for a row that is no object."""
-        start, end = (int(byte) for byte in self._spans[row])
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        return os.pread(self._file, end - start, start)
+        images = tuple(Image(path=self.folders.resolve(path)) for path in self._paths(row, str(id), data))
+        notes = {key: value for key, value in data.items() if key not in KEYS}
+        return Sample(id=str(id), source=self.name, row=row, messages=messages, images=images, notes=notes)
 
     def fingerprint(self) -> str:
-        return _digest(f"{self._facts} {self.name} {[str(folder.absolute()) for folder in self.folders]}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Another process opens the file itself, and maps the row places where they are on disk.
-        return self.__dict__ | {"_file": None, "_spans": None if self._spans_file else self._spans}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._spans is None:
-            self._spans = self._find()
-
-    def _find(self) -> np.ndarray:
-        if self._spans_file is None:
-            return find_rows(self.path)
-        if not self._spans_file.exists():
-            spans = find_rows(self.path)
-            self._spans_file.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._spans_file.with_suffix(f".{os.getpid()}.npy")
-            np.save(beside, spans)
-            os.replace(beside, self._spans_file)
-        return np.load(self._spans_file, mmap_mode="r")
-
-    def _object(self, row: int) -> dict[str, Any]:
-        start, end = (int(byte) for byte in self._spans[row])
-        raw = self.raw(row)
-        try:
-            data = json.loads(raw.decode("utf-8"))  # by itself `json` lets halves of characters pass
-            if _HALF.search(raw):
-                json.dumps(data, ensure_ascii=False).encode("utf-8")
-        except (ValueError, RecursionError) as error:
-            reason = "not a JSON object" if start == end else f"not JSON (row begins at byte {start}): {error}"
-            raise self._fault(row, "", "row_unreadable", reason) from None
-        if not isinstance(data, dict):
-            raise self._fault(row, "", "row_unreadable", f"{_kind(data)}, expected an object")
-        return data
+        said = f"{self._rows.facts} {self.name} {self.folders.fingerprint()}"
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def _messages(self, row: int, id: str, data: dict[str, Any]) -> list[Message]:
         turns = data.get("conversations")
         if not isinstance(turns, list) or not turns:
-            reason = "is missing" if turns is None else f"is {_kind(turns)}, expected a list of turns"
+            reason = "is missing" if turns is None else f"is {kind(turns)}, expected a list of turns"
             raise self._fault(row, id, "row_unreadable", f"conversations {reason}")
         messages = []
         for i, turn in enumerate(turns):
@@ -125,14 +75,10 @@ class LlavaJson:
     def _paths(self, row: int, id: str, data: dict[str, Any]) -> list[str]:
         value = data.get("image")
         paths = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(path, str) and path for path in paths):
+        if not all(isinstance(path, str) and 0 < len(path) <= LONGEST_PATH and "\0" not in path for path in paths):
             reason = f"image is {json.dumps(value)[:80]}, expected a path or a list of paths"
             raise self._fault(row, id, "row_unreadable", reason)
         return paths
-
-    def _resolve(self, path: str) -> str:
-        tried = [folder / path for folder in self.folders]  # an absolute path stays itself
-        return str(tried[0] if len(tried) == 1 else next((file for file in tried if file.exists()), tried[0]))
 
     def _fault(self, row: int, id: str, code: FaultCode, reason: str) -> SampleError:
         return SampleError(Fault(source=self.name, row=row, id=id, code=code, reason=reason))
@@ -144,12 +90,3 @@ def open_llava_json(
 ) -> LlavaJson:
     refuse_unknown(path, "llava_json", options)
     return LlavaJson(path, images, name, cache)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number") + (" that is empty" if value in ([], {}, "") else "")
