@@ -1,0 +1,163 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as their authors publish them: refs(unc).p or refs(umd).p beside instances.json.
+
+The references are a pickle, read as plain data: anything else in it is an error. The same list as JSON does too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from vistune import files
+from vistune.data.annotations import choice, messages_of, option, picture_path, resolve, standing_folders
+from vistune.data.formats import refuse_unknown, register
+from vistune.data.json_members import RowError, Rows, digest, facts_of, want, want_id
+from vistune.samples import Fault, Image, Sample, SampleError
+
+PICTURE = "coco/train2017/{id:012}.jpg"
+SPLITS = ("train", "val", "test", "testA", "testB", "all")
+
+
+class PlainPickle(pickle.Unpickler):
+    """Unpickles texts, numbers, lists and dicts. Whatever would run code is an error."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, and only texts, numbers, lists and dicts are read")
+
+
+def read_refs(path: str) -> list[dict[str, Any]]:
+    """The list of references in a pickle (`.p`, `.pkl`, `.pickle`) or a JSON file. Raises ValueError."""
+    try:
+        data = files.read(path)
+    except OSError as error:
+        raise ValueError(f"{path}: the file cannot be opened: {error.strerror or error}") from None
+    try:
+        if path.lower().endswith((".p", ".pkl", ".pickle")):
+            refs = PlainPickle(io.BytesIO(data), encoding="utf-8", errors="replace").load()
+        else:
+            refs = json.loads(data)
+    except (pickle.UnpicklingError, ValueError, EOFError, LookupError, AttributeError, TypeError, MemoryError) as error:
+        raise ValueError(
+            f"{path}: it cannot be read: {error}. Save the list of references as JSON and name that file."
+        ) from None
+    if not isinstance(refs, list) or not refs:
+        raise ValueError(f"{path}: it holds {type(refs).__name__}, expected a list of references")
+    return refs
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes by annotation, sizes by picture: sorted columns, so that they are cheap to send to another process."""
+
+    annotations: np.ndarray  # int64 [n], ids in order
+    boxes: np.ndarray  # float64 [n, 4]: x, y, width, height in pixels
+    pictures: np.ndarray  # int64 [m], ids in order
+    sizes: np.ndarray  # int64 [m, 2]: width, height
+
+    @classmethod
+    def read(cls, path: str, cache: Path | None) -> Boxes:
+        """From instances.json, row after row. Raises ValueError."""
+        boxes = _columns(Rows(path, ("annotations", "*"), cache), lambda row: [float(number) for number in row["bbox"]])
+        sizes = _columns(Rows(path, ("images", "*"), cache), lambda row: [int(row["width"]), int(row["height"])])
+        return cls(*boxes, *sizes)
+
+    def box(self, annotation: int) -> tuple[float, float, float, float]:
+        """x1, y1, x2, y2 in pixels."""
+        x, y, width, height = (float(number) for number in _found(self.annotations, self.boxes, annotation))
+        return x, y, x + width, y + height
+
+    def size(self, picture: int) -> tuple[int, int]:
+        width, height = (int(number) for number in _found(self.pictures, self.sizes, picture))
+        return width, height
+
+
+class RefCoco:
+    """A row is one expression for a region; it is the answer, the question is empty. Notes: `phrase`, `box` (x1, y1,
+    x2, y2 in pixels), `width` and `height` of the picture."""
+
+    def __init__(self, path: str, boxes: Boxes, images: Sequence[str], name: str, picture: str, split: str, facts: str):
+        self.name, self.picture, self.boxes = name, picture, boxes
+        self.folders = standing_folders(path, images)
+        refs = read_refs(path)
+        self._rows: list[tuple[Any, Any]] = [  # an expression and what it refers to
+            ({k: ref[k] for k in ("ref_id", "ann_id", "image_id") if k in ref}, sentence)
+            for ref in refs
+            if isinstance(ref, dict) and _in_split(ref.get("split"), split)
+            for sentence in (ref["sentences"] if isinstance(ref.get("sentences"), list) else [None])
+        ]
+        if not self._rows:
+            splits = sorted({str(ref.get("split")) for ref in refs if isinstance(ref, dict)})
+            raise ValueError(f"{path}: no reference of it is of split {split!r}; there are {', '.join(splits)}")
+        self._digest = digest(facts_of(path), facts, name, self.folders, picture, split)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        ref, sentence = self._rows[row]
+        id = str(ref.get("ref_id", ""))
+        try:
+            phrase = want(sentence, "sent", str)
+            image = want_id(ref, "image_id")
+            width, height = self.boxes.size(int(image))
+            notes = {
+                "image_id": image,
+                "phrase": phrase,
+                "box": self.boxes.box(want(ref, "ann_id", int)),
+                "width": width,
+                "height": height,
+            }
+            picture = resolve(self.folders, picture_path(self.picture, image))
+            id = want_id(sentence, "sent_id") if "sent_id" in sentence else id
+        except RowError as error:
+            fault = Fault(source=self.name, row=row, id=id, code=error.code, reason=error.reason)
+            raise SampleError(fault) from None
+        messages = messages_of([("", phrase)])
+        return Sample(id=id, source=self.name, row=row, messages=messages, images=(Image(path=picture),), notes=notes)
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+
+@register("refcoco")
+def open_refcoco(
+    path: str, images: Sequence[str], name: str, cache: Path | None, options: Mapping[str, Any]
+) -> RefCoco:
+    refuse_unknown(path, "refcoco", options, ("instances", "split", "picture"))
+    split = choice(path, "refcoco", options, "split", SPLITS)
+    picture = option(path, "refcoco", options, "picture", PICTURE)
+    instances = option(path, "refcoco", options, "instances")
+    return RefCoco(path, Boxes.read(instances, cache), images, name, picture, split, facts_of(instances))
+
+
+def _in_split(of_ref: Any, wanted: str) -> bool:
+    """RefCOCO names its test sets testA and testB; `test` is all of them, as in its authors' own reader."""
+    return wanted in ("all", of_ref) or (wanted == "test" and isinstance(of_ref, str) and "test" in of_ref)
+
+
+def _columns(rows: Rows, read: Any) -> tuple[np.ndarray, np.ndarray]:
+    ids, values = [], []
+    for number in range(len(rows)):
+        try:
+            row = rows[number][1]
+            ids.append(want(row, "id", int))
+            values.append(read(row))
+        except (RowError, KeyError, TypeError, ValueError) as error:
+            place = ".".join(rows.place[:-1])
+            raise ValueError(f"{rows.path}: {place} {number} cannot be used: {error}") from None
+    order = np.argsort(ids, kind="stable")
+    return np.array(ids, np.int64)[order], np.array(values)[order]
+
+
+def _found(ids: np.ndarray, values: np.ndarray, wanted: int) -> np.ndarray:
+    at = int(np.searchsorted(ids, wanted))
+    if at == len(ids) or int(ids[at]) != wanted:
+        raise RowError(f"the instances file has no {wanted}")
+    return values[at]
