@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,8 @@ def encode(
     prompt = "".join(segment.text for segment in segments)
     learned = np.repeat([segment.supervised for segment in segments], [len(segment.text) for segment in segments])
     count = np.concatenate([[0], np.cumsum(learned)])  # of supervised characters before each character
-    ids, starts, ends = encoder.encode(prompt, has_images=has_images, whole=template.own)
+    cuts = list(accumulate(len(segment.text) for segment in segments))[:-1] if template.apart else ()
+    ids, starts, ends = encoder.encode(prompt, has_images=has_images, whole=template.own, cuts=cuts)
     loss_mask = count[ends] > count[starts]
     if not (open_turn or loss_mask.any()):
         raise ChatError("nothing_supervised", "no token of this conversation would be learned")
@@ -108,8 +109,8 @@ def render(
     A first turn of the assistant is dropped, but not by v0 templates (the reference's ways); a last question without an
     answer is dropped for training. A leading system message replaces the template's system text.
     """
-    system, turns = _in_order(messages, greeting=template.greeting, has_images=has_images, open_turn=open_turn)
-    if not open_turn:
+    system, turns = _in_order(template, messages, has_images=has_images, open_turn=open_turn)
+    if not (open_turn or template.empty_answers):
         for number, turn in enumerate(turns):
             if turn.role == "assistant" and not turn.text.strip():
                 raise ChatError("empty_answer", f"the answer in turn {number} is empty")
@@ -119,24 +120,26 @@ def render(
         turns = [_with_images(template, turn) for turn in turns]
     if template.own:
         return _by_tokenizer(tokenizer, system, turns, has_images)
-    return _exchanges(template, template.system if system is None else system, turns)
+    return _exchanges(template, template.system if system is None else system, turns, has_images)
 
 
 def _in_order(
-    messages: Sequence[Message], *, greeting: bool, has_images: bool, open_turn: bool
+    template: Template, messages: Sequence[Message], *, has_images: bool, open_turn: bool
 ) -> tuple[str | None, list[Message]]:
     """The system text, if the messages bring one, and the turns: user, assistant, user, ... (see `render`)."""
+    may_show = ("user", "assistant") if template.answer_images else ("user",)
     for number, message in enumerate(messages):
-        if has_images and message.role != "user" and IMAGE_MARK in message.text:
+        if has_images and message.role not in may_show and IMAGE_MARK in message.text:
             code: FaultCode = "mark_in_answer" if message.role == "assistant" else "template"
-            raise ChatError(code, f"turn {number} ({message.role}) has an {IMAGE_MARK}; only a user turn may")
+            reason = f"turn {number} ({message.role}) has an {IMAGE_MARK}; only {' and '.join(may_show)} turns may"
+            raise ChatError(code, reason)
     turns = list(messages)
     system = turns.pop(0).text if turns and turns[0].role == "system" else None
     greeted = bool(turns) and turns[0].role == "assistant"
-    if greeted and not greeting:
+    if greeted and not template.greeting:
         turns.pop(0)
     for number, turn in enumerate(turns):
-        wanted = ("user", "assistant")[(number + (greeted and greeting)) % 2]
+        wanted = ("user", "assistant")[(number + (greeted and template.greeting)) % 2]
         if turn.role != wanted:
             raise ChatError("role_order", f"turn {number} is {turn.role!r} where {wanted!r} must stand")
     return system, _last(turns, has_images=has_images, open_turn=open_turn)
@@ -172,7 +175,7 @@ def _with_images(template: Template, turn: Message) -> Message:
     return Message(role=turn.role, text=text.replace(IMAGE_MARK, template.image))
 
 
-def _exchanges(template: Template, system: str, turns: list[Message]) -> list[Segment]:
+def _exchanges(template: Template, system: str, turns: list[Message], has_images: bool) -> list[Segment]:
     shown = template.system_before + system + template.system_after
     segments = [] if template.system_inside else [Segment(shown, False)]
     inside = shown if template.system_inside and system else ""
@@ -182,7 +185,8 @@ def _exchanges(template: Template, system: str, turns: list[Message]) -> list[Se
             inside = ""
         else:
             segments.append(Segment(template.answer_before, False))
-            segments.append(Segment(template.answer_lead + turn.text + template.stop, True))
+            answer = template.answer_lead + turn.text + template.stop
+            segments += _learned(answer, template.image) if has_images else [Segment(answer, True)]
             segments.append(Segment(template.end if number == len(turns) - 1 else template.between, False))
     if turns[-1].role == "user":
         segments.append(Segment(template.answer_before, False))
@@ -197,7 +201,18 @@ def _caption(template: Template, system: str | None, turns: list[Message], has_i
         raise ChatError("template", f"template {template.name} takes captions of images; this sample has no image")
     if not marks:
         raise ChatError("image_without_mark", f"the user turn has no {IMAGE_MARK}")
-    return [Segment(IMAGE_MARK * marks, False)] + [Segment(turn.text + template.stop, True) for turn in turns[1:]]
+    asked = turns[0].text.replace(IMAGE_MARK, template.image) if template.question else template.image * marks
+    shown = _learned(asked, template.image) if template.question else [Segment(asked, False)]
+    return shown + [Segment(turn.text + template.stop, True) for turn in turns[1:]]
+
+
+def _learned(text: str, image: str) -> list[Segment]:
+    """`text` as what is learned, but for the images in it."""
+    shown: list[Segment] = []
+    for number, piece in enumerate(text.split(image)):
+        shown += [Segment(image, False)] if number else []
+        shown += [Segment(piece, True)] if piece else []
+    return shown
 
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -297,17 +312,18 @@ def _placeholders_to_marks(tokenizer: Any, segments: list[Segment], turns: list[
     return segments
 
 
-def chat_template(template: Template, tokenizer: Any) -> str:
+def chat_template(template: Template, tokenizer: Any, placeholder: str = IMAGE_MARK) -> str:
     """Jinja text with which the stock processor of an exported folder gives the ids that `encode` gives.
 
-    The folder's tokenizer must have the mark as a special token. One exception is known: a Llama tokenizer with
-    `legacy: true` needs the text after other special tokens not to begin with a space.
+    `placeholder` is what that processor expands for an image; the folder's tokenizer must have it as a special token.
+    Two exceptions are known: a Llama tokenizer with `legacy: true` needs the text after other special tokens not to
+    begin with a space; and a template that tokenizes answers apart, answers not to begin with a line end.
     """
     if template.own:
         return _own_template(tokenizer)
     space = prefixes(tokenizer)
     after = template.image.partition(IMAGE_MARK)[2]
-    return jinja(template, "none" if after in tokenizer.get_added_vocab() else space)
+    return jinja(template, "none" if after in tokenizer.get_added_vocab() else space, placeholder)
 
 
 def check_fits(template: Template, tokenizer: Any) -> None:

@@ -39,6 +39,10 @@ class Template:
     images_first: bool = True  # the mark moves to the front of its turn (reference: preprocess_multimodal)
     greeting: bool = False  # a first turn of the assistant stays; else it is dropped
     caption: bool = False  # exactly one exchange; the question's text is dropped, only its images stay
+    question: bool = False  # of a caption template: the question stays where it is, and is learned with the caption
+    empty_answers: bool = False  # an answer without text is learned too: when to stop at once
+    answer_images: bool = False  # an answer may have images; what stands for them is not learned
+    apart: bool = False  # question and answer are tokenized as strings of their own, so that no token spans both
     own: bool = False  # the tokenizer's own chat template: every field above is unused
 
     @property
@@ -145,6 +149,26 @@ def _chatml(name: str, system: str, *, line: str = "", stop_line: str = "", **mo
 
 
 _HELPFUL = "You are a helpful assistant."
+_VISION_TAGS = f"<|vision_start|>{IMAGE_MARK}<|vision_end|>"
+
+
+def _qwen2_vl(name: str, **more: bool) -> Template:
+    return _chatml(
+        name,
+        _HELPFUL,
+        line="\n",
+        between="\n",
+        image=_VISION_TAGS,
+        images_first=False,
+        empty_answers=True,
+        answer_images=True,
+        **more,
+    )
+
+
+def _qwen2_vl_caption(name: str, **more: bool) -> Template:
+    return Template(name=name, stop="<|im_end|>", image=_VISION_TAGS, caption=True, empty_answers=True, **more)
+
 
 TEMPLATES: dict[str, Template] = {
     each.name: each
@@ -165,14 +189,10 @@ TEMPLATES: dict[str, Template] = {
         _chatml("chatml_direct", "Answer the questions."),
         _chatml("mistral_direct", "Answer the questions."),
         _chatml("qwen_2", _HELPFUL, line="\n", stop_line="\n"),
-        _chatml(
-            "qwen2-vl",
-            _HELPFUL,
-            line="\n",
-            between="\n",
-            image=f"<|vision_start|>{IMAGE_MARK}<|vision_end|>",
-            images_first=False,
-        ),
+        _qwen2_vl("qwen2-vl"),
+        _qwen2_vl("qwen2-vl-turns", apart=True),
+        _qwen2_vl_caption("qwen2-vl-caption"),
+        _qwen2_vl_caption("qwen2-vl-caption-question", question=True),
         Template(name="tokenizer", own=True),
     )
 }
@@ -185,24 +205,30 @@ def template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def jinja(template: Template, space: Space) -> str:
+def jinja(template: Template, space: Space, placeholder: str = IMAGE_MARK) -> str:
     """`template` as a Jinja chat template for `transformers`.
 
     It takes content as a string (with marks) or as a list of `{"type": "image"}` and `{"type": "text", "text": ...}`,
     a leading system message, and `add_generation_prompt`; answers are wrapped in `{% generation %}`. It writes no BOS:
-    the processor adds it. `space` makes one pass over the whole prompt give the ids of a pass per chunk.
+    the processor adds it. `space` makes one pass over the whole prompt give the ids of a pass per chunk. `placeholder`
+    is what the processor expands for an image.
     """
     assert not template.own
-    values = {field.name: getattr(template, field.name) for field in fields(template) if field.name != "name"}
-    values |= {"mark": IMAGE_MARK, "space": space}
-    head = "".join(f"{{%- set {key} = {_literal(value)} -%}}\n" for key, value in values.items() if key != "own")
+    written = [field.name for field in fields(template) if field.name not in _UNWRITTEN]
+    values = {name: getattr(template, name) for name in written}
+    values |= {"image": template.image.replace(IMAGE_MARK, placeholder), "mark": IMAGE_MARK, "space": space}
+    head = "".join(f"{{%- set {key} = {_literal(value)} -%}}\n" for key, value in values.items())
     return head + _MACROS + (_CAPTION if template.caption else _EXCHANGES)
+
+
+_UNWRITTEN = ("name", "own", "apart", "empty_answers")  # what Jinja text cannot do, or need not
 
 
 def _literal(value: str | bool) -> str:
     return repr(value) if isinstance(value, str) else str(value).lower()
 
 
+# `learned`: pieces of text, each wrapped, an image between two.
 # `flat`: content -> one string with marks. `turn`: the rule of `vistune.chat` for marks in a question.
 # `spaced`: with a prefixing tokenizer the text after an image was trained as a fresh string, so it begins with a space;
 # a tokenizer that prefixes each piece adds that space itself, but not to text that has one already.
@@ -242,6 +268,17 @@ _MACROS = r"""
 {%- endif -%}
 {%- endmacro -%}
 
+{%- macro learned(pieces) -%}
+{%- for piece in pieces -%}
+{{- '' if loop.first else image -}}
+{%- if piece -%}
+{%- generation -%}
+{{- piece -}}
+{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endmacro -%}
+
 {%- set chat = namespace(system=system, start=0) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set chat.system = flat(messages[0]['content']) -%}
@@ -271,9 +308,7 @@ _EXCHANGES = r"""
 {{- spaced(turn(text) ~ user_after) -}}
 {%- else -%}
 {{- answer_before -}}
-{%- generation -%}
-{{- answer_lead ~ text ~ stop -}}
-{%- endgeneration -%}
+{{- learned((answer_lead ~ text ~ stop).split(mark) if answer_images else [answer_lead ~ text ~ stop]) -}}
 {{- end if loop.last else between -}}
 {%- endif -%}
 {%- endfor -%}
@@ -290,7 +325,7 @@ _CAPTION = r"""
 {%- if chat.start or count < 1 or loop.length > 2 -%}
 {{- raise_exception('This template takes one user turn with an image and one answer: its caption.') -}}
 {%- endif -%}
-{{- mark * count -}}
+{{- learned(text.split(mark)) if question else image * count -}}
 {%- else -%}
 {{- ' ' if space == 'first' or (space == 'each' and text[:1] in [' ', '▁']) -}}
 {%- generation -%}

@@ -6,8 +6,9 @@ Knows BOS, SentencePiece's prefix space and `legacy`; knows nothing of messages 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,26 +63,30 @@ class TextEncoder:
         self.legacy = self.space != "none" and bool(getattr(tokenizer, "legacy", False))
         self._hidden = {IMAGE_MARK, placeholder or IMAGE_MARK, getattr(tokenizer, "image_token", None) or IMAGE_MARK}
 
-    def encode(self, text: str, *, has_images: bool, whole: bool = False) -> Tokens:
+    def encode(self, text: str, *, has_images: bool, whole: bool = False, cuts: Sequence[int] = ()) -> Tokens:
         """Tokenizes `text`, with special tokens; with `has_images` each mark becomes one `IMAGE_ID`.
 
-        Text between images is tokenized chunk by chunk as the reference does; `whole` makes one pass, as the stock
-        processor does.
+        Text between images is tokenized chunk by chunk as the reference does, and cut before the characters `cuts` as
+        well; `whole` makes one pass, as the stock processor does.
         """
         if whole:
             return self._whole(text, has_images)
         parts: list[Tokens] = []
-        position = 0
-        for number, chunk in enumerate(text.split(IMAGE_MARK) if has_images else [text]):
-            if number:
-                parts.append((np.array([IMAGE_ID]), np.array([position]), np.array([position])))
-                position += len(IMAGE_MARK)
-            ids, starts, ends = self.chunk(chunk)
-            skip = 1 if number and self._adds_bos else 0
-            parts.append((ids[skip:], starts[skip:] + position, ends[skip:] + position))
-            position += len(chunk)
+        for start, end in pairwise((0, *cuts, len(text))):
+            position = start
+            for number, chunk in enumerate(text[start:end].split(IMAGE_MARK) if has_images else [text[start:end]]):
+                if number:
+                    parts.append((np.array([IMAGE_ID]), np.array([position]), np.array([position])))
+                    position += len(IMAGE_MARK)
+                parts.append(self._part(chunk, position, first=not parts))
+                position += len(chunk)
         ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
         return ids, starts, ends
+
+    def _part(self, text: str, position: int, *, first: bool) -> Tokens:
+        ids, starts, ends = self.chunk(text)
+        skip = 0 if first or not self._adds_bos else 1
+        return ids[skip:], starts[skip:] + position, ends[skip:] + position
 
     def chunk(self, text: str) -> Tokens:
         """Tokenizes one string by itself, with special tokens, as the slow tokenizers of the reference did."""
