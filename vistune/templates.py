@@ -6,7 +6,7 @@ Knows nothing of tokenizers: which spaces a tokenizer needs after an image is to
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from vistune.samples import IMAGE_MARK
 
@@ -152,7 +152,7 @@ _HELPFUL = "You are a helpful assistant."
 _VISION_TAGS = f"<|vision_start|>{IMAGE_MARK}<|vision_end|>"
 
 
-def _qwen2_vl(name: str, **more: bool) -> Template:
+def _qwen2_vl(name: str, **more: Any) -> Template:
     return _chatml(
         name,
         _HELPFUL,
@@ -166,7 +166,7 @@ def _qwen2_vl(name: str, **more: bool) -> Template:
     )
 
 
-def _qwen2_vl_caption(name: str, **more: bool) -> Template:
+def _qwen2_vl_caption(name: str, **more: Any) -> Template:
     return Template(name=name, stop="<|im_end|>", image=_VISION_TAGS, caption=True, empty_answers=True, **more)
 
 

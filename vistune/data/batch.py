@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from vistune.data.formats import Reader
 from vistune.data.tokenize import Language, Tokens, fault, tokenize
-from vistune.images import ImageError, open_image
-from vistune.samples import Fault, Sample, SampleError
+from vistune.images import ImageError, Layout, Picture, open_image
+from vistune.samples import Fault, Image, Sample, SampleError
 
 PAD_ID = 0
 """Stands in padding and in the place of a sample that could not be read. No sample attends to it, nothing learns it."""
@@ -27,11 +28,18 @@ class Batch:
     lengths: list[int]  # of the segments in order, T in all; padding, if any, is the last segment
     rows: Tensor  # int64 [S]: positions whose next token, of the same sample, is learned
     targets: Tensor  # int64 [S]: those next tokens
-    pixels: Tensor | None  # uint8 [N, 3, H, W], in the order of the placeholders
+    pixels: Tensor | None  # uint8 [N, 3, H, W] or [patches, values] in the order of the placeholders
     samples: int
     tokens: int  # padding apart
     keys: list[tuple[int, int]] = field(default_factory=list)  # (number of the source, row) of every sample
     faults: list[Fault] = field(default_factory=list)  # met while loading
+    grids: Tensor | None = None  # int64 [N, 3]: frames, rows and columns of the patches of each image
+
+    @property
+    def images(self) -> int:
+        if self.grids is not None:
+            return len(self.grids)
+        return 0 if self.pixels is None else len(self.pixels)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -46,6 +54,7 @@ class Batch:
             rows=moved(self.rows),
             targets=moved(self.targets),
             pixels=None if self.pixels is None else moved(self.pixels),
+            grids=None if self.grids is None else moved(self.grids),
         )
 
 
@@ -65,26 +74,63 @@ class Item:
 
     key: tuple[int, int]
     tokens: Tokens
-    pixels: list[np.ndarray]  # uint8 [3, H, W] of every image
+    pixels: list[np.ndarray]  # uint8 [3, H, W] or [patches, values] of every image
     faults: list[Fault] = field(default_factory=list)
+    grids: list[tuple[int, int, int]] = field(default_factory=list)  # of every image that is patches
 
 
 def read_item(reader: Reader, planned: Planned, language: Language, length: int) -> Item:
-    """Read, tokenize and decode one row. What is wrong with the row or its images ends in the item, not in an error."""
+    """Read, tokenize and decode one row. What is wrong with the row or its images ends in the item, not in an error.
+
+    A picture that cannot be decoded leaves blank pixels. One that no longer says its size where the layout needs it, or
+    a row that is not what the index says, leaves placeholders of nothing.
+    """
     key = (planned.source, planned.row)
+    with ExitStack() as open_files:
+        try:
+            sample = reader[planned.row]
+            pictures = _pictures(sample, open_files) if language.layout.needs_size else []
+            sizes = [picture.size for picture in pictures] if language.layout.needs_size else None
+            tokens = tokenize(sample, language, length, look=False, sizes=sizes)
+            _check(sample, tokens, planned)
+        except SampleError as error:
+            return Item(key, _placeholder(planned.tokens), [], [error.fault])
+        item = Item(key, tokens, [])
+        for number, image in enumerate(sample.images[: len(tokens.images)]):
+            _show(item, sample, image, pictures[number] if pictures else None, language.layout)
+    if item.faults:
+        return replace(item, tokens=replace(tokens, loss_mask=np.zeros_like(tokens.loss_mask)))
+    return item
+
+
+def _pictures(sample: Sample, open_files: ExitStack) -> list[Picture]:
+    """The sample's pictures with their headers read, open until they are decoded: each file is opened once."""
+    pictures = []
+    for image in sample.images:
+        try:
+            pictures.append(open_files.enter_context(Picture(image)))
+        except ImageError as error:
+            raise fault(sample, error.code, error.reason, image.path) from None
+    return pictures
+
+
+def _check(sample: Sample, tokens: Tokens, planned: Planned) -> None:
+    found = (len(tokens.ids), len(tokens.images))
+    if found != (planned.tokens, planned.images):
+        reason = f"{found[0]} tokens and {found[1]} image(s), the index has {planned.tokens} and {planned.images}"
+        raise fault(sample, "row_unreadable", f"the row changed since the index was made: {reason}")
+
+
+def _show(item: Item, sample: Sample, image: Image, picture: Picture | None, layout: Layout) -> None:
+    """The image's pixels, or blank ones and a fault."""
+    width, height = picture.size if picture else (0, 0)
+    if (grid := layout.grid(width, height)) is not None:
+        item.grids.append(grid)
     try:
-        sample = reader[planned.row]
-        tokens = tokenize(sample, language, length, look=False)
-        found = (len(tokens.ids), len(tokens.images))
-        if found != (planned.tokens, planned.images):
-            reason = f"{found[0]} tokens and {found[1]} image(s), the index has {planned.tokens} and {planned.images}"
-            raise fault(sample, "row_unreadable", f"the row changed since the index was made: {reason}")
-    except SampleError as error:
-        return Item(key, _placeholder(planned.tokens), [], [error.fault])
-    pixels, faults = _pixels(sample, len(tokens.images), language)
-    if faults:
-        tokens = replace(tokens, loss_mask=np.zeros_like(tokens.loss_mask))
-    return Item(key, tokens, pixels, faults)
+        item.pixels.append(layout.prepare(picture.rgb() if picture else open_image(image)))
+    except ImageError as error:
+        item.pixels.append(layout.blank(width, height))
+        item.faults.append(fault(sample, error.code, error.reason, image.path).fault)
 
 
 def collate(items: Sequence[Item], pad_to: int = 1) -> Batch:
@@ -99,6 +145,8 @@ def collate(items: Sequence[Item], pad_to: int = 1) -> Batch:
     learned = [np.append(item.tokens.loss_mask[1:], False) for item in items]
     rows = np.flatnonzero(np.concatenate([*learned, np.zeros(padding, np.bool_)]))
     pixels = [image for item in items for image in item.pixels]
+    grids = [grid for item in items for grid in item.grids]
+    joined = (np.concatenate if grids else np.stack)(pixels) if pixels else None
     ids = ids.astype(np.int64)
     return Batch(
         ids=torch.from_numpy(ids),
@@ -106,26 +154,14 @@ def collate(items: Sequence[Item], pad_to: int = 1) -> Batch:
         lengths=lengths,
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(ids[rows + 1]),
-        pixels=torch.from_numpy(np.stack(pixels)) if pixels else None,
+        pixels=None if joined is None else torch.from_numpy(joined),
         samples=len(items),
         tokens=tokens,
         keys=[item.key for item in items],
         faults=[fault for item in items for fault in item.faults],
+        grids=torch.tensor(grids) if grids else None,
     )
 
 
 def _placeholder(tokens: int) -> Tokens:
     return Tokens(np.full(tokens, PAD_ID, np.int32), np.zeros(tokens, np.bool_), [])
-
-
-def _pixels(sample: Sample, images: int, language: Language) -> tuple[list[np.ndarray], list[Fault]]:
-    """Pixels of the first `images` images; blank ones and a fault for those that cannot be opened."""
-    pixels: list[np.ndarray] = []
-    faults: list[Fault] = []
-    for image in sample.images[:images]:
-        try:
-            pixels.append(language.layout.prepare(open_image(image)))
-        except ImageError as error:
-            pixels.append(language.layout.blank())
-            faults.append(fault(sample, error.code, error.reason, image.path).fault)
-    return pixels, faults

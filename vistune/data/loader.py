@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,10 +100,10 @@ class _Steps(Dataset):
 class _Parcel:
     """A step on its way from a worker: each tensor sent costs an open file, so there are two for the whole step."""
 
-    integers: Tensor  # int64: ids, positions, rows, targets of batch after batch
+    integers: Tensor  # int64: ids, positions, rows, targets, grids of batch after batch
     pixels: Tensor | None
     sizes: list[int]  # of the parts of `integers`
-    images: list[int]  # of every batch
+    shown: list[int]  # how much of `pixels` belongs to every batch
     batches: list[Batch]  # without their tensors
 
     def pin_memory(self) -> _Parcel:
@@ -110,22 +111,35 @@ class _Parcel:
         return replace(self, integers=self.integers.pin_memory(), pixels=pixels)
 
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
 def _wrap(batches: list[Batch]) -> _Parcel:
-    parts = [part for batch in batches for part in (batch.ids, batch.positions, batch.rows, batch.targets)]
+    parts = [
+        part
+        for batch in batches
+        for part in (
+            batch.ids,
+            batch.positions,
+            batch.rows,
+            batch.targets,
+            _NONE if batch.grids is None else batch.grids.flatten(),
+        )
+    ]
     pixels = [batch.pixels for batch in batches if batch.pixels is not None]
-    none = torch.empty(0, dtype=torch.int64)
+    bare: dict[str, Any] = dict.fromkeys(("ids", "positions", "rows", "targets"), _NONE)
     return _Parcel(
         integers=torch.cat(parts),
-        pixels=torch.cat(pixels) if pixels else None,
+        pixels=(torch.cat(pixels) if len(pixels) > 1 else pixels[0]) if pixels else None,
         sizes=[len(part) for part in parts],
-        images=[0 if batch.pixels is None else len(batch.pixels) for batch in batches],
-        batches=[replace(batch, ids=none, positions=none, rows=none, targets=none, pixels=None) for batch in batches],
+        shown=[0 if batch.pixels is None else len(batch.pixels) for batch in batches],
+        batches=[replace(batch, pixels=None, grids=None, **bare) for batch in batches],
     )
 
 
 def _unwrap(parcel: _Parcel) -> list[Batch]:
     parts = iter(parcel.integers.split(parcel.sizes))
-    images = [None] * len(parcel.images) if parcel.pixels is None else parcel.pixels.split(parcel.images)
+    shown = [None] * len(parcel.shown) if parcel.pixels is None else parcel.pixels.split(parcel.shown)
     return [
         replace(
             batch,
@@ -133,7 +147,8 @@ def _unwrap(parcel: _Parcel) -> list[Batch]:
             positions=next(parts),
             rows=next(parts),
             targets=next(parts),
+            grids=grids.view(-1, 3) if len(grids := next(parts)) else None,
             pixels=pixels if count else None,
         )
-        for batch, pixels, count in zip(parcel.batches, images, parcel.images, strict=True)
+        for batch, pixels, count in zip(parcel.batches, shown, parcel.shown, strict=True)
     ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vistune import files
 from vistune.chat import ChatError, Encoded, Template, TextEncoder, encode
 from vistune.images import ImageError, Layout, image_size
 from vistune.samples import IMAGE_ID, IMAGE_MARK, Fault, FaultCode, Image, Message, Sample, SampleError
@@ -52,21 +54,31 @@ class Tokens:
         return int(self.loss_mask[1:].sum())
 
 
-def tokenize(sample: Sample, language: Language, length: int, *, look: bool = True) -> Tokens:
+def tokenize(
+    sample: Sample,
+    language: Language,
+    length: int,
+    *,
+    look: bool = True,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> Tokens:
     """At most `length` ids of `sample`.
 
     A sample that is longer loses whole rounds from its end; if its first round alone is too long, that round's answer
-    is cut. Nothing is cut inside or before an image. `look` = False takes the images as good without looking at the
-    files, which only works for a layout that needs no size.
+    is cut. Nothing is cut inside or before an image. The images' files are looked at, unless `sizes` brings (width,
+    height) of each, or `look` is False and the layout needs no size: then they are taken as good.
 
     Raises `SampleError`: the codes of `ChatError`, `image_missing`, `image_broken`, `image_without_mark`,
     `mark_without_image`, `image_does_not_fit`, `nothing_supervised`.
     """
-    check_marks(sample)
-    if look or language.layout.needs_size:
-        counts = [_placeholders(image, sample, language.layout) for image in sample.images]
+    check_marks(sample, in_answers=language.template.answer_images)
+    layout = language.layout
+    if sizes is not None:
+        counts = [_count(image, sample, layout, size) for image, size in zip(sample.images, sizes, strict=True)]
+    elif look or layout.needs_size:
+        counts = [_placeholders(image, sample, layout) for image in sample.images]
     else:
-        counts = [language.layout.tokens(0, 0)] * len(sample.images)
+        counts = [layout.tokens(0, 0)] * len(sample.images)
     whole = _encode(sample, sample.messages, language)
     marks = whole.ids.count(IMAGE_ID)
     if marks != len(counts):
@@ -81,17 +93,20 @@ def tokenize(sample: Sample, language: Language, length: int, *, look: bool = Tr
     return tokens
 
 
-def check_marks(sample: Sample) -> None:
-    """Raises `SampleError` unless the user's turns have as many marks as the sample has images.
+def check_marks(sample: Sample, *, in_answers: bool = False) -> None:
+    """Raises `SampleError` unless the user's turns, and the answers with `in_answers`, have as many marks as the sample
+    has images.
 
     In a sample without images a mark is plain text, as it is to LLaVA, unless a turn starts with "<image>\\n" or ends
     with "\\n<image>" (or is nothing else): that was meant as a picture, and is a fault.
     """
     asked = [message.text for message in sample.messages if message.role == "user"]
-    images, marks = len(sample.images), sum(text.count(IMAGE_MARK) for text in asked)
+    seen = [message.text for message in sample.messages if message.role == "assistant"] if in_answers else []
+    images, marks = len(sample.images), sum(text.count(IMAGE_MARK) for text in [*asked, *seen])
     if images and marks != images:
         code: FaultCode = "mark_without_image" if marks > images else "image_without_mark"
-        raise fault(sample, code, f"{images} image(s), {marks} {IMAGE_MARK} in the user's turns")
+        where = "the turns" if in_answers else "the user's turns"
+        raise fault(sample, code, f"{images} image(s), {marks} {IMAGE_MARK} in {where}")
     if not images and any(_meant_as_picture(text) for text in asked):
         raise fault(sample, "mark_without_image", f"a turn has {IMAGE_MARK}, the row names no image")
 
@@ -158,19 +173,34 @@ def _encode(sample: Sample, messages: tuple[Message, ...], language: Language) -
 
 def _placeholders(image: Image, sample: Sample, layout: Layout) -> int:
     """Tokens of `image`, from its header where the layout wants the size; else it is only seen to be there."""
-    if image.data is None:
-        try:
-            facts = os.stat(image.path)
-        except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL in it
-            reason = (error.strerror if isinstance(error, OSError) else str(error)) or "cannot be read"
-            raise fault(sample, "image_missing", reason, image.path) from None
-        if not stat.S_ISREG(facts.st_mode):
-            raise fault(sample, "image_broken", "a folder, a pipe or a device, no file", image.path)
-        if not facts.st_size:
-            raise fault(sample, "image_broken", "the file is empty", image.path)
+    if image.data is None and image.size is None:
+        _seen(image, sample)
     if not layout.needs_size:
         return layout.tokens(0, 0)
+    return _count(image, sample, layout)
+
+
+def _count(image: Image, sample: Sample, layout: Layout, size: tuple[int, int] | None = None) -> int:
     try:
-        return layout.tokens(*image_size(image))
+        return layout.tokens(*(size or image_size(image)))
     except ImageError as error:
         raise fault(sample, error.code, error.reason, image.path) from None
+
+
+def _seen(image: Image, sample: Sample) -> None:
+    """Raises `SampleError` unless there is a file with something in it."""
+    remote = files.is_remote(image.path)
+    try:
+        mode, size = (stat.S_IFREG, files.size(image.path)) if remote else _facts(image.path)
+    except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL in it
+        reason = (error.strerror if isinstance(error, OSError) else str(error)) or "cannot be read"
+        raise fault(sample, "image_missing", reason, image.path) from None
+    if not stat.S_ISREG(mode):
+        raise fault(sample, "image_broken", "a folder, a pipe or a device, no file", image.path)
+    if not size:
+        raise fault(sample, "image_broken", "the file is empty", image.path)
+
+
+def _facts(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_mode, found.st_size
