@@ -98,12 +98,12 @@ class Report:
         """Tables for the terminal."""
         console.table("sources", *_source_table(self.summary["sources"]))
         if codes := self.summary["codes"]:
-            rows = [(c, code["severity"], f"{code['findings']:,}", code["what"]) for c, code in codes.items()]
+            rows = [(name, code["severity"], f"{code['findings']:,}", code["what"]) for name, code in codes.items()]
             console.table("findings", ("code", "severity", "how many", "what"), rows)
         if lengths := self.summary["lengths"]:
             title = f"tokens a sample, as the rows are; a sample has room for {lengths['room']:,}"
-            rows = [(name, f"{value:,}") for name, value in lengths["percentiles"].items()]
-            console.table(title, ("percentile", "tokens"), rows)
+            shares = [(name, f"{value:,}") for name, value in lengths["percentiles"].items()]
+            console.table(title, ("percentile", "tokens"), shares)
         console.say(self.summary["verdict"])
         console.say(f"page: {self.out / 'index.html'}   all of them: {self.out / 'findings.jsonl'}")
 
