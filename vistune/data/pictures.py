@@ -69,6 +69,8 @@ def picture(value: Any, folders: Folders) -> Image:
     `data:` URI, or base64. Raises PictureError."""
     if isinstance(value, Mapping):
         return _of_mapping(value, folders)
+    if value is None:
+        _refuse("image_missing", "a picture is null")
     if isinstance(value, bytes):
         return Image(data=value) if value else _refuse("image_broken", "a picture of 0 bytes")
     if not isinstance(value, str):
@@ -91,7 +93,9 @@ def _of_mapping(value: Mapping[str, Any], folders: Folders) -> Image:
     path = next((value[key] for key in ("path", "url", "file_name") if isinstance(value.get(key), str)), "")
     if data := value.get("bytes"):
         if not isinstance(data, bytes):
-            return picture(data, folders)  # JSON has no bytes: text in base64
+            return (
+                _decoded(data) if isinstance(data, str) else _refuse("row_unreadable", "a picture's bytes are a number")
+            )
         return Image(data=data, name=path)
     if not path:
         _refuse("image_missing", "a picture has neither bytes nor a path")
