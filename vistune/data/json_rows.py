@@ -63,14 +63,19 @@ class JsonRows:
     def __len__(self) -> int:
         return len(self._spans)
 
+    def raw(self, row: int) -> bytes:
+        """The row as it stands in the file; no bytes for what is no object."""
+        start, end = (int(byte) for byte in self._spans[row])
+        return self._bytes(start, end - start)
+
     def object(self, row: int) -> dict[str, Any]:
         """The object of `row`. Raises RowError for anything else there, and for a row that cannot be read."""
         start, end = (int(byte) for byte in self._spans[row])
         if end - start > MAX_ROW:
             raise RowError(f"{end - start:,} bytes from byte {start}; a row may have {MAX_ROW:,}")
         try:
-            raw = self._bytes(start, end - start)
-            data = json.loads(raw)
+            raw = self.raw(row)
+            data = json.loads(raw.decode())  # from bytes, `json` would let halves of surrogate pairs pass
             if b"\\ud" in raw or b"\\uD" in raw:
                 json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:

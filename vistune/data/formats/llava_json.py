@@ -52,6 +52,10 @@ class LlavaJson:
         notes = {key: value for key, value in data.items() if key not in KEYS}
         return Sample(id=str(id), source=self.name, row=row, messages=messages, images=images, notes=notes)
 
+    def raw(self, row: int) -> bytes:
+        """The row as it stands in the file; no bytes for what is no object."""
+        return self._rows.raw(row)
+
     def fingerprint(self) -> str:
         said = f"{self._rows.facts} {self.name} {self.folders.fingerprint()}"
         return hashlib.sha256(said.encode()).hexdigest()[:16]
