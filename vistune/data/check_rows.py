@@ -110,11 +110,12 @@ def judge_row(reader: Reader, number: int, row: int, language: Language | None, 
         if hasattr(reader, "raw"):
             say("id_missing", WITHOUT_ID)
     try:
-        check_marks(sample)
         if language is None:
+            check_marks(sample)
             # Any template tells whether the turns are in order; v1 takes what most do.
             render(TEMPLATES["v1"], sample.messages, has_images=bool(sample.images))
-        elif there is None and language.layout.needs_size:
+        elif there is None and language.layout.needs_size:  # without its pictures nothing can be measured
+            check_marks(sample, in_answers=language.template.answer_images)
             _prompt(sample, language)
         else:
             _measure(there or sample, language, length, judged, say)

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,12 @@ def _percentiles(tokens: np.ndarray) -> dict[str, int]:
     }
 
 
+def _steps() -> Iterator[int]:
+    """1, 2, 4, 5, 8, 10, 20, ...: widths of bins that can be read off."""
+    for power in count():
+        yield from (digit * 10**power for digit in (1, 2, 4, 5, 8))
+
+
 def _lengths(judge: RowJudge, whole: _Whole) -> dict[str, Any]:
     """Histogram of the rows' tokens before anything is shortened; the last bin takes whatever is longer."""
     tokens = whole.columns["tokens"]
@@ -222,10 +228,10 @@ def _lengths(judge: RowJudge, whole: _Whole) -> dict[str, Any]:
     if not len(known):
         return {}
     longest = min(int(known.max()), max(2 * judge.length, int(np.percentile(known, 99))))
-    step = max(1, -(-longest // _BINS))
+    step = next(wide for wide in _steps() if wide * _BINS >= longest)
     edges = np.arange(0, longest + step + 1, step)
 
-    def count(values: np.ndarray) -> list[int]:
+    def bins(values: np.ndarray) -> list[int]:
         return np.histogram(np.minimum(values[values > 0], edges[-1]), edges)[0].tolist()
 
     return {
@@ -233,6 +239,6 @@ def _lengths(judge: RowJudge, whole: _Whole) -> dict[str, Any]:
         "percentiles": _percentiles(known),
         "too_long": int((known > judge.length).sum()),
         "edges": edges.tolist(),
-        "counts": count(tokens),
-        "sources": [count(whole.of(source)["tokens"]) for source in range(len(judge.readers))],
+        "counts": bins(tokens),
+        "sources": [bins(whole.of(source)["tokens"]) for source in range(len(judge.readers))],
     }

@@ -96,7 +96,10 @@ class Report:
 
     def show(self) -> None:
         """Tables for the terminal."""
-        console.table("sources", *_source_table(self.summary["sources"]))
+        sources = self.summary["sources"]
+        console.table("rows", ROWS, [_rows(one) for one in sources])
+        if self.summary["lengths"]:
+            console.table("tokens", TOKENS, [_tokens(one) for one in sources if one["tokens"]])
         if codes := self.summary["codes"]:
             rows = [(name, code["severity"], f"{code['findings']:,}", code["what"]) for name, code in codes.items()]
             console.table("findings", ("code", "severity", "how many", "what"), rows)
@@ -108,18 +111,15 @@ class Report:
         console.say(f"page: {self.out / 'index.html'}   all of them: {self.out / 'findings.jsonl'}")
 
 
-def _source_table(sources: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    columns = ("source", "rows", "usable", "set aside", "shortened", "pictures", "median", "p95", "max", "supervised")
-    return columns, [
-        (
-            one["name"],
-            f"{one['rows']:,}" + (f" of {one['expect']:,}" if one["expect"] else ""),
-            f"{one['usable']:,}",
-            f"{one['set_aside']:,}",
-            f"{one['shortened']:,}",
-            f"{one['pictures']:,}",
-            *(f"{one['tokens'][key]:,}" if one["tokens"] else "" for key in ("median", "p95", "max")),
-            f"{one['supervised_share']:.1%}" if one["tokens"] else "",
-        )
-        for one in sources
-    ]
+ROWS = ("source", "rows", "usable", "set aside", "shortened", "pictures")
+TOKENS = ("source", "median", "p95", "max", "supervised")
+
+
+def _rows(one: dict[str, Any]) -> tuple[str, ...]:
+    rows = f"{one['rows']:,}" + (f" of {one['expect']:,}" if one["expect"] else "")
+    return one["name"], rows, *(f"{one[key]:,}" for key in ("usable", "set_aside", "shortened", "pictures"))
+
+
+def _tokens(one: dict[str, Any]) -> tuple[str, ...]:
+    shares = (f"{one['tokens'][key]:,}" for key in ("median", "p95", "max"))
+    return one["name"], *shares, f"{one['supervised_share']:.1%}"

@@ -136,10 +136,10 @@ def _histograms(summary: dict[str, Any]) -> dict[str, Any]:
     shown = [("every source", lengths["counts"])]
     shown += zip(names, lengths["sources"], strict=True) if len(names) > 1 else []
     across = (edges[-1] - edges[0]) or 1
-    every = max(1, (len(edges) - 1) // 6)
+    every = next(every for every in (1, 2, 5, 10, 20) if every * 8 >= len(edges) - 1)
     return {
         "histograms": [(name, f"{max(counts):,}", list(_bars(edges, counts, wide, lengths))) for name, counts in shown],
-        "ticks": [(round(47 + i * wide, 1), f"{edges[i]:,}") for i in range(0, len(edges) - every // 2, every)],
+        "ticks": [(round(47 + i * wide, 1), f"{edges[i]:,}") for i in range(0, len(edges), every)],
         "room_at": round(47 + 950 * lengths["room"] / across, 1) if lengths["room"] <= edges[-1] else 0,
         "percentiles": " · ".join(f"{name} {value:,}" for name, value in lengths["percentiles"].items()),
     }
