@@ -29,9 +29,7 @@ class TextCaps(Annotations):
         if "image_width" in row and "image_height" in row:
             notes |= {"width": want(row, "image_width", int), "height": want(row, "image_height", int)}
         if self.ocr:
-            notes["ocr_tokens"] = want(self.ocr.get(image), "ocr_tokens", list)
-            if not all(isinstance(token, str) for token in notes["ocr_tokens"]):
-                raise RowError(f"ocr_tokens of picture {image} are no texts")
+            notes["ocr_tokens"] = _tokens(self.ocr.get(image))
         return Annotation(
             id=want_id(row, "caption_id") if "caption_id" in row else image,
             picture=picture_path(self.picture, image),
@@ -41,6 +39,16 @@ class TextCaps(Annotations):
 
     def id_of(self, key: str, row: Any) -> str:
         return str(row.get("image_id", "")) if isinstance(row, dict) else ""
+
+
+def _tokens(row: dict[str, Any]) -> list[str]:
+    """What OCR read, in its order: `ocr_tokens`, or the words of `ocr_info` where the file has only those."""
+    if "ocr_tokens" not in row:
+        return [want(found, "word", str) for found in want(row, "ocr_info", list)]
+    tokens = want(row, "ocr_tokens", list)
+    if not all(isinstance(token, str) for token in tokens):
+        raise RowError(f"ocr_tokens of picture {row.get('image_id')} are no texts")
+    return tokens
 
 
 @register("textcaps")

@@ -95,7 +95,9 @@ _MARKUP = re.compile(
     r"(?:\s[^<>]*)?/?>|&(?:nbsp|lt|gt|amp|quot|#\d+);",
     re.IGNORECASE,
 )
-_PAGE = re.compile(r"\A\s*\d+ / \d+|Copy\d+ chars / \d+ words|\bCopy code\b|\bShare Prompt\b")
+_PAGE = re.compile(
+    r"\A\s*\d+ / \d+(?!\w)|Copy\d+ chars / \d+ words|(?:```\w*|^\w+)Copy code|^Copy code$|^Share Prompt$", re.MULTILINE
+)
 _SPECIAL = re.compile(r"</?s>|<\|(?:endoftext|im_start|im_end|eot_id)\|>|\[/?INST\]|<<SYS>>|<unk>")
 
 
