@@ -107,7 +107,8 @@ def _each(root: Path, changes: list[Change], title: str, act: Callable[[Path, Pa
 
 
 def _finish(old: Path, new: Path, do: str) -> None:
-    """A renaming that stopped between its two steps has both names for one file."""
+    """What a crash left: a renaming that stopped between its two steps has both names for one file."""
+    _half(new).unlink(missing_ok=True)
     if do == "rename" and os.path.lexists(old) and os.path.lexists(new) and os.path.samefile(old, new):
         os.unlink(old)
 
@@ -118,20 +119,26 @@ def _do(old: Path, new: Path, do: str) -> str:
         return "" if os.path.lexists(new) else f"{old.name} is gone"
     if os.path.lexists(new) and not os.path.samefile(old, new):
         return f"there is another {new.name} by now"
-    _second_name(old, new)
-    if do == "rename" and os.path.lexists(old):
-        os.unlink(old)
+    try:
+        if do == "link":
+            _second_name(old, new)
+        else:
+            _new_name(old, new)
+    except FileExistsError:
+        return f"there is another {new.name} by now"
     return ""
 
 
 def _undo(old: Path, new: Path, do: str) -> str:
+    _half(new).unlink(missing_ok=True)
     if not os.path.lexists(new):
         return "" if os.path.lexists(old) else "it is gone under both names"
     if os.path.lexists(old) and not _same(old, new):
         return f"{old.name} and {new.name} are different pictures"
-    if do == "rename":
-        _second_name(new, old)
-    os.unlink(new)
+    if os.path.lexists(old):
+        os.unlink(new)
+    else:
+        _new_name(new, old)
     return ""
 
 
@@ -140,18 +147,34 @@ def _same(one: Path, two: Path) -> bool:
     return os.path.samefile(one, two) or (same_size and one.read_bytes() == two.read_bytes())
 
 
+def _new_name(old: Path, new: Path) -> None:
+    """Linking refuses to replace a file that came this very moment, which renaming would not; so link, then unlink."""
+    if not os.path.lexists(new):
+        try:
+            os.link(old, new)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without hard links
+            os.rename(old, new)
+            return
+    os.unlink(old)
+
+
 def _second_name(old: Path, new: Path) -> None:
-    """`new` beside `old` without ever replacing a file; a link where the disk has them, else a copy."""
+    """A link where the disk has them, else a copy."""
     if os.path.lexists(new):
         return
     try:
         os.link(old, new)
     except FileExistsError:
         raise
-    except OSError:  # a disk without hard links
-        half = new.with_name(new.name + ".half")
-        half.write_bytes(old.read_bytes())
-        os.rename(half, new)
+    except OSError:
+        _half(new).write_bytes(old.read_bytes())
+        os.rename(_half(new), new)
+
+
+def _half(path: Path) -> Path:
+    return path.with_name(path.name + ".half")
 
 
 def _pictures(root: Path, folder: str) -> dict[str, list[str]]:
