@@ -228,7 +228,7 @@ def _literal(value: str | bool) -> str:
     return repr(value) if isinstance(value, str) else str(value).lower()
 
 
-# `learned`: pieces of text, each wrapped, an image between two.
+# `_LEARNED`: each of `pieces` wrapped, an image between two (no macro: inside one the wrapped places are lost).
 # `flat`: content -> one string with marks. `turn`: the rule of `vistune.chat` for marks in a question.
 # `spaced`: with a prefixing tokenizer the text after an image was trained as a fresh string, so it begins with a space;
 # a tokenizer that prefixes each piece adds that space itself, but not to text that has one already.
@@ -268,17 +268,6 @@ _MACROS = r"""
 {%- endif -%}
 {%- endmacro -%}
 
-{%- macro learned(pieces) -%}
-{%- for piece in pieces -%}
-{{- '' if loop.first else image -}}
-{%- if piece -%}
-{%- generation -%}
-{{- piece -}}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endmacro -%}
-
 {%- set chat = namespace(system=system, start=0) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set chat.system = flat(messages[0]['content']) -%}
@@ -295,7 +284,19 @@ _MACROS = r"""
 {%- endfor -%}
 """
 
-_EXCHANGES = r"""
+_LEARNED = r"""
+{%- for piece in pieces -%}
+{{- '' if loop.first else image -}}
+{%- if piece -%}
+{%- generation -%}
+{{- piece -}}
+{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+_EXCHANGES = (
+    r"""
 {%- if not system_inside -%}
 {{- ' ' if space != 'none' and (system_before ~ chat.system)[:1] in [' ', '▁'] -}}
 {{- system_before ~ chat.system ~ system_after -}}
@@ -308,7 +309,11 @@ _EXCHANGES = r"""
 {{- spaced(turn(text) ~ user_after) -}}
 {%- else -%}
 {{- answer_before -}}
-{{- learned((answer_lead ~ text ~ stop).split(mark) if answer_images else [answer_lead ~ text ~ stop]) -}}
+{%- set answer = answer_lead ~ text ~ stop -%}
+{%- set pieces = answer.split(mark) if answer_images else [answer] -%}
+"""
+    + _LEARNED
+    + r"""
 {{- end if loop.last else between -}}
 {%- endif -%}
 {%- endfor -%}
@@ -316,8 +321,10 @@ _EXCHANGES = r"""
 {{- answer_before -}}
 {%- endif -%}
 """
+)
 
-_CAPTION = r"""
+_CAPTION = (
+    r"""
 {%- for message in messages[chat.start:] -%}
 {%- set text = flat(message['content']) -%}
 {%- if loop.index0 == 0 -%}
@@ -325,7 +332,11 @@ _CAPTION = r"""
 {%- if chat.start or count < 1 or loop.length > 2 -%}
 {{- raise_exception('This template takes one user turn with an image and one answer: its caption.') -}}
 {%- endif -%}
-{{- learned(text.split(mark)) if question else image * count -}}
+{{- '' if question else image * count -}}
+{%- set pieces = text.split(mark) if question else [] -%}
+"""
+    + _LEARNED
+    + r"""
 {%- else -%}
 {{- ' ' if space == 'first' or (space == 'each' and text[:1] in [' ', '▁']) -}}
 {%- generation -%}
@@ -334,3 +345,4 @@ _CAPTION = r"""
 {%- endif -%}
 {%- endfor -%}
 """
+)
