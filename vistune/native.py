@@ -60,7 +60,7 @@ class NativeLayout:
     max_pixels: int = 1600 * 1600
     mean: RGB = CLIP_MEAN
     std: RGB = CLIP_STD
-    resample: int = PIL.Image.Resampling.BICUBIC
+    resample: int = int(PIL.Image.Resampling.BICUBIC)
     image_resolution: int | None = None
     first_min_pixels: int = 4 * 28 * 28
     first_max_pixels: int = 16384 * 28 * 28

@@ -116,6 +116,10 @@ class TextEncoder:
             ids = np.where(ids == backend.token_to_id(IMAGE_MARK), IMAGE_ID, ids)
         return ids, starts, ends
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copies of the tokenizer that a worker process makes itself."""
+        return {key: value for key, value in vars(self).items() if not isinstance(value, Tokenizer)}
+
     @cached_property
     def _adds_bos(self) -> bool:
         ids, starts, ends = self.chunk("a")
