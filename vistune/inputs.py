@@ -14,6 +14,7 @@ from vistune import recipe as recipes
 from vistune.data.formats import Reader, open_source
 from vistune.data.index import Index, build_index
 from vistune.data.plan import Plan
+from vistune.data.shares import Share
 from vistune.data.tokenize import Language
 from vistune.images import FixedLayout
 from vistune.models.load import Described, describe, read_config
@@ -65,7 +66,8 @@ def language_of(model: Described) -> Language:
 
 
 def plan_of(recipe: Recipe, index: Index) -> Plan:
-    return Plan(
+    """The plan that the recipe asks for. Rank 0 works out what takes a pass over the index, the others map it."""
+    plan = Plan(
         index,
         batch=recipe.train.batch,
         unit=recipe.train.unit,
@@ -74,8 +76,14 @@ def plan_of(recipe: Recipe, index: Index) -> Plan:
         seed=recipe.train.seed,
         epochs=recipe.train.epochs,
         steps=recipe.train.steps,
-        repeats=[source.epochs for source in recipe.data.sources],
+        shares=[Share(epochs=s.epochs, weight=s.weight, cap=s.cap) for s in recipe.data.sources],
+        images_per_pack=recipe.data.images_per_pack,
+        group=recipe.data.group,
+        micro_batch=recipe.train.micro_batch,
+        workers=recipe.data.workers,
     )
+    ranks.on_first(plan.prepare)
+    return plan
 
 
 def model_folder(start: str | Path) -> Path:

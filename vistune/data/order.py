@@ -1,6 +1,6 @@
 """The order of the samples in an epoch, as a function: nothing of the size of the data is held.
 
-Knows which rows are good and how often a source comes; nothing of lengths, packs and steps.
+Knows which rows are good and how many of a source come; nothing of lengths, packs and steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vistune.data.index import Index
+from vistune.data.shares import Share, samples_each
 
 _ROUNDS = 6
 
@@ -51,40 +52,79 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def shuffled(values: np.ndarray, size: int, block: int, *key: int | str) -> np.ndarray:
+    """int64: `values` (0 <= value < size) under a permutation that moves blocks of `block` neighbours as they are.
+
+    What is left over behind the last whole block stays where it is.
+    """
+    blocks = size // block
+    if block == 1 or not blocks:
+        return Permutation(size, *key)(values) if block == 1 else values
+    moved = Permutation(blocks, *key)(np.minimum(values // block, blocks - 1)) * block + values % block
+    return np.where(values < blocks * block, moved, values)
+
+
 class Order:
     """Places of an epoch -> positions of the index.
 
-    Only rows without a fault come. `repeats[s]` is how often the samples of source s come in one epoch: 2.0 twice
-    each, 0.5 another half of them each epoch.
+    Only rows without a fault come, and of each source as many as its share asks for (`taken`). A source that comes a
+    whole number of times gives each sample so often. Of any other an epoch takes the next ones of a fixed cycle, so
+    that every sample has come n or n + 1 times at any moment.
+
+    With `block` above 1, runs of so many neighbouring rows stay within one span of `span` places, and are shuffled
+    there: a span then reads a few stretches of the data and not all of it, at the price of a less thorough shuffle.
     """
 
-    def __init__(self, index: Index, seed: int, repeats: Sequence[float] | None = None):
-        self._seed = seed
+    def __init__(
+        self, index: Index, seed: int, shares: Sequence[Share] | None = None, *, block: int = 1, span: int = 16384
+    ):
+        self._seed, self._block, self._span = seed, block, span
         bad = np.flatnonzero(index.columns["fault"])
+        self.bad = len(bad)
         self._bad_ranks = bad - np.arange(len(bad))  # good rows before each bad one
         sources = index.columns["source"]
         count = int(sources[-1]) + 1 if len(sources) else 0
-        if repeats is not None and len(repeats) < count:
-            raise ValueError(f"the index has {count} sources, epochs are given for {len(repeats)}")
-        edges = np.searchsorted(sources, np.arange(count + 1))
+        # Needles of the column's own type: of any other, the whole column would be converted.
+        edges = np.append(np.searchsorted(sources, np.arange(count, dtype=sources.dtype)), len(sources))
         self._good_edges = edges - np.searchsorted(bad, edges)  # good rows before each source
-        good = np.diff(self._good_edges)
-        taken = np.round(good * (np.ones(count) if repeats is None else np.array(repeats[:count], float)))
-        self._edges = np.append(0, np.cumsum(taken)).astype(np.int64)  # places before each source, before shuffling
+        self.good = np.diff(self._good_edges).tolist()
+        self.taken = samples_each(self.good, [Share()] * count if shares is None else shares)
+        self._edges = np.append(0, np.cumsum(self.taken)).astype(np.int64)  # places before each source, not shuffled
 
     def __len__(self) -> int:
+        """Samples of one epoch, of every one."""
         return int(self._edges[-1])
+
+    @property
+    def same_every_epoch(self) -> bool:
+        """Whether all epochs have the same samples."""
+        return all(not good or taken % good == 0 for good, taken in zip(self.good, self.taken, strict=True))
 
     def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """int64 positions of the index at these places of `epoch`."""
-        shuffled = Permutation(len(self), self._seed, epoch)(places)
-        sources = np.searchsorted(self._edges, shuffled, side="right") - 1
-        ranks = np.empty(len(shuffled), np.int64)
-        for source in np.unique(sources):
+        places = np.asarray(places, np.int64)
+        if self._block > 1:
+            places = self._within_spans(epoch, places)
+        return self.unshuffled(epoch, shuffled(places, len(self), self._block, self._seed, epoch))
+
+    def unshuffled(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """int64 positions of the index, when the samples of `epoch` lie source after source."""
+        sources = np.searchsorted(self._edges, places, side="right") - 1
+        ranks = np.empty(len(places), np.int64)
+        for source in np.unique(sources).tolist():
             here = sources == source
-            first, size = self._good_edges[source], self._good_edges[source + 1] - self._good_edges[source]
-            within = shuffled[here] - self._edges[source]
-            if self._edges[source + 1] - self._edges[source] != size:  # not once each: which ones is up to the epoch
-                within = Permutation(int(size), self._seed, epoch, "source", int(source))(within % size)
-            ranks[here] = first + within
+            within, size, taken = places[here] - self._edges[source], self.good[source], self.taken[source]
+            if taken % size:
+                cycle = (within + epoch * taken) % size
+                within = shuffled(cycle, size, self._block, self._seed, "source", source)
+            ranks[here] = self._good_edges[source] + within % size
         return ranks + np.searchsorted(self._bad_ranks, ranks, side="right")
+
+    def _within_spans(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        moved = np.empty_like(places)
+        spans = places // self._span
+        for span in np.unique(spans).tolist():
+            here, start = spans == span, span * self._span
+            permute = Permutation(min(self._span, len(self) - start), self._seed, epoch, "span", span)
+            moved[here] = start + permute(places[here] - start)
+        return moved
