@@ -6,7 +6,7 @@ A group is what can be read alone: a row group of parquet, a record batch of arr
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +45,10 @@ class Shard(Protocol):
 def open_shard(path: str) -> ParquetShard | ArrowShard:
     """Raises ValueError that names the shard when it is torn or no table at all."""
     try:
-        return ParquetShard(path) if path.lower().endswith(".parquet") else ArrowShard(path)
-    except (pa.ArrowException, OSError) as error:
+        shard = ParquetShard(path) if path.lower().endswith(".parquet") else ArrowShard(path)
+        _read_names(shard.schema)  # names that are no text are found here, not at the first row
+        return shard
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise torn(path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
 
 
@@ -56,6 +58,14 @@ def torn(path: str, reason: str) -> ValueError:
         f"{path}: this shard cannot be read ({reason}); it is torn or not what its name says. Fetch or write it again, "
         "or move it out of the folder."
     )
+
+
+def _read_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError."""
+    for field in fields:
+        assert isinstance(field.name, str)
+        kind = field.type
+        _read_names([kind.field(i) for i in range(kind.num_fields)])
 
 
 class ParquetShard:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vistune.data.columns import MAX_TEXT
 from vistune.data.formats import refuse_unknown, register
 from vistune.data.json_rows import JsonRows, RowError, kind
 from vistune.data.pictures import LONGEST_PATH, Folders, beside
@@ -74,6 +75,8 @@ class LlavaJson:
                 reason = f"turn {i} is from {turn['from']!r}, expected one of {', '.join(ROLES)}"
                 raise self._fault(row, id, "role_order", reason)
             messages.append(Message(role=ROLES[turn["from"]], text=turn["value"]))
+        if sum(len(message.text) for message in messages) > MAX_TEXT:
+            raise self._fault(row, id, "row_unreadable", f"a conversation of more than {MAX_TEXT:,} characters")
         return messages
 
     def _paths(self, row: int, id: str, data: dict[str, Any]) -> list[str]:

@@ -116,6 +116,7 @@ def open_messages(
     chosen = _chosen(path, options.get("columns", {}))
     kept = _kept(path, options.get("notes", True))
     prompt = _option(path, options, "prompt", str, IMAGE_MARK)
+    unpack = _option(path, options, "unpack", bool, None)
     kind, shards = find_shards(path, _option(path, options, "split", str, ""))
     folders = Folders(path, images, path if files.is_folder(path) else beside(shards[0]))
     if kind == "json":
@@ -130,7 +131,7 @@ def open_messages(
             raise ValueError(f"{shards[0]}: {error.reason}. Say which with options.columns, see formats.md") from None
         return list(dict.fromkeys([*found[0].used(), *_noted(schema, kept)]))
 
-    table = Table(shards, needed, cache, _option(path, options, "unpack", bool, None))
+    table = Table(shards, needed, cache, unpack)
     return Messages(table, name, folders, Reading(columns=found[0], chosen=chosen, kept=kept, prompt=prompt))
 
 
