@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ranks": (1, ("ranks",)),
     "console": (1, ("console",)),
     "images": (2, ("images", "native")),
-    "chat": (2, ("chat", "templates", "text_encoder")),
+    "chat": (2, ("chat", "templates", "text_encoder", "word_cache")),
     "data": (3, ("data",)),
     "models": (3, ("models",)),
     "inputs": (4, ("inputs",)),

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from vistune.samples import IMAGE_ID, IMAGE_MARK
 from vistune.templates import Space
+from vistune.word_cache import WordCache, fits
 
 Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Token ids, and where in the text each begins and ends (in characters; begin = end for what stands for no text)."""
@@ -90,6 +91,8 @@ class TextEncoder:
 
     def chunk(self, text: str) -> Tokens:
         """Tokenizes one string by itself, with special tokens, as the slow tokenizers of the reference did."""
+        if self._by_word is not None and self._by_word.takes(text):
+            return self._by_word.encode(text)
         # A fast tokenizer adds no prefix to text that begins with a space; a slow one always does.
         bare = self.space == "first" and not self.legacy and text[:1] in (" ", _METASPACE)
         return _placed(self._by_chunk.encode(" " + text if bare else text), len(text), int(bare))
@@ -118,7 +121,7 @@ class TextEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the copies of the tokenizer that a worker process makes itself."""
-        return {key: value for key, value in vars(self).items() if not isinstance(value, Tokenizer)}
+        return {key: value for key, value in vars(self).items() if not isinstance(value, Tokenizer | WordCache)}
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -128,6 +131,11 @@ class TextEncoder:
     @cached_property
     def _by_chunk(self) -> Tokenizer:
         return self._backend(self._hidden, legacy=self.legacy)
+
+    @cached_property
+    def _by_word(self) -> WordCache | None:
+        spec = json.loads(self._by_chunk.to_str())
+        return WordCache(spec) if fits(spec) else None
 
     @cached_property
     def _unmarked(self) -> Tokenizer:
