@@ -30,6 +30,7 @@ WHAT: dict[str, tuple[Severity, str]] = {
     "image_truncated": ("error", "the picture's bytes end too early"),
     "image_bomb": ("error", "more pixels than any picture has"),
     "source_unreadable": ("error", "a container of rows cannot be read: a run stops there"),
+    "not_held": ("error", "the format of the copy cannot hold it"),
     "image_slow": ("warning", "its decoding took longer than the time limit and was given up"),
     "image_format": ("warning", "its content is of another format than its name says"),
     "image_aspect": ("warning", "more than 200 times as long as wide, or as wide as long"),
