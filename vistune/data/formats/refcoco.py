@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,7 +43,15 @@ def read_refs(path: str) -> list[dict[str, Any]]:
             refs = PlainPickle(io.BytesIO(data), encoding="utf-8", errors="replace").load()
         else:
             refs = json.loads(data)
-    except (pickle.UnpicklingError, ValueError, EOFError, LookupError, AttributeError, TypeError, MemoryError) as error:
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise ValueError(
             f"{path}: it cannot be read: {error}. Save the list of references as JSON and name that file."
         ) from None
@@ -80,37 +88,36 @@ class Boxes:
 
 class RefCoco:
     """A row is one expression for a region; it is the answer, the question is empty. Notes: `phrase`, `box` (x1, y1,
-    x2, y2 in pixels), `width` and `height` of the picture."""
+    x2, y2 in pixels), `width` and `height` of the picture, `set`, the name of the folder of its references."""
 
-    def __init__(self, path: str, boxes: Boxes, images: Sequence[str], name: str, picture: str, split: str, facts: str):
-        self.name, self.picture, self.boxes = name, picture, boxes
-        self.folders = standing_folders(path, images)
-        refs = read_refs(path)
-        self._rows: list[tuple[Any, Any]] = [  # an expression and what it refers to
-            ({k: ref[k] for k in ("ref_id", "ann_id", "image_id") if k in ref}, sentence)
-            for ref in refs
-            if isinstance(ref, dict) and _in_split(ref.get("split"), split)
-            for sentence in (ref["sentences"] if isinstance(ref.get("sentences"), list) else [None])
-        ]
-        if not self._rows:
-            splits = sorted({str(ref.get("split")) for ref in refs if isinstance(ref, dict)})
-            raise ValueError(f"{path}: no reference of it is of split {split!r}; there are {', '.join(splits)}")
-        self._digest = digest(facts_of(path), facts, name, self.folders, picture, split)
+    def __init__(
+        self, pairs: Mapping[str, str], images: Sequence[str], name: str, picture: str, split: str, cache: Path | None
+    ):
+        """`pairs`: references -> instances, in the order of the rows."""
+        self.name, self.picture = name, picture
+        self.folders = standing_folders(next(iter(pairs)), images)
+        self._boxes = [Boxes.read(instances, cache) for instances in pairs.values()]
+        self._sets = [Path(refs).parent.name for refs in pairs]
+        self._rows = [(number, *row) for number, refs in enumerate(pairs) for row in _expressions(refs, split)]
+        facts = [facts_of(file) for pair in pairs.items() for file in pair]
+        self._digest = digest(*facts, name, self.folders, picture, split)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Sample:
-        ref, sentence = self._rows[row]
+        number, ref, sentence = self._rows[row]
+        boxes = self._boxes[number]
         id = str(ref.get("ref_id", ""))
         try:
             phrase = want(sentence, "sent", str)
             image = want_id(ref, "image_id")
-            width, height = self.boxes.size(int(image))
+            width, height = boxes.size(int(image))
             notes = {
                 "image_id": image,
+                "set": self._sets[number],
                 "phrase": phrase,
-                "box": self.boxes.box(want(ref, "ann_id", int)),
+                "box": boxes.box(want(ref, "ann_id", int)),
                 "width": width,
                 "height": height,
             }
@@ -130,11 +137,34 @@ class RefCoco:
 def open_refcoco(
     path: str, images: Sequence[str], name: str, cache: Path | None, options: Mapping[str, Any]
 ) -> RefCoco:
-    refuse_unknown(path, "refcoco", options, ("instances", "split", "picture"))
+    refuse_unknown(path, "refcoco", options, ("instances", "also", "split", "picture"))
     split = choice(path, "refcoco", options, "split", SPLITS)
     picture = option(path, "refcoco", options, "picture", PICTURE)
-    instances = option(path, "refcoco", options, "instances")
-    return RefCoco(path, Boxes.read(instances, cache), images, name, picture, split, facts_of(instances))
+    also = options.get("also", [])
+    if not isinstance(also, list) or not all(isinstance(other, str) and other for other in also):
+        raise ValueError(
+            f"{path}: option also of format 'refcoco' is {also!r}; it must be a list of files of references"
+        )
+    pairs = {path: option(path, "refcoco", options, "instances", _beside(path))}
+    pairs |= {other: _beside(other) for other in also}
+    return RefCoco(pairs, images, name, picture, split, cache)
+
+
+def _beside(refs: str) -> str:
+    return files.join(refs.rpartition("/")[0] or ".", "instances.json")
+
+
+def _expressions(path: str, split: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Each expression with what it refers to. Raises ValueError when none is of `split`."""
+    refs = [ref for ref in read_refs(path) if isinstance(ref, dict)]
+    chosen = [ref for ref in refs if _in_split(ref.get("split"), split)]
+    if not chosen:
+        splits = ", ".join(sorted({str(ref.get("split")) for ref in refs}))
+        raise ValueError(f"{path}: no reference of it is of split {split!r}; there are {splits or 'none'}")
+    for ref in chosen:
+        sentences = ref.get("sentences")
+        for sentence in sentences if isinstance(sentences, list) else [None]:
+            yield {key: ref[key] for key in ("ref_id", "ann_id", "image_id") if key in ref}, sentence
 
 
 def _in_split(of_ref: Any, wanted: str) -> bool:

@@ -96,7 +96,8 @@ _MARKUP = re.compile(
     re.IGNORECASE,
 )
 _PAGE = re.compile(
-    r"\A\s*\d+ / \d+(?!\w)|Copy\d+ chars / \d+ words|(?:```\w*|^\w+)Copy code|^Copy code$|^Share Prompt$", re.MULTILINE
+    r"\A\s*\d+ / \d+(?=\n|\Z|[A-Z])|Copy\d+ chars / \d+ words|(?:```\w*|^\w+)Copy code|^Copy code$|^Share Prompt$",
+    re.MULTILINE,
 )
 _SPECIAL = re.compile(r"</?s>|<\|(?:endoftext|im_start|im_end|eot_id)\|>|\[/?INST\]|<<SYS>>|<unk>")
 
