@@ -51,6 +51,24 @@ def test_pixels_of_the_reference(name: str, mode: str, expected: dict) -> None:
     assert np.abs(got - expected[f"pixel_values_{mode}"][name]).max() <= 1e-6
 
 
+@pytest.mark.parametrize(("size", "resize"), [(56, 56), (56, 64), (336, 336), (50, None)])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+def test_padding_is_resizing_the_padded_square(size: int, resize: int | None, resample: int) -> None:
+    """Row by row it costs less than that, and must give the same bytes."""
+    layout = FixedLayout(mode="pad", size=size, resize=resize, resample=resample)
+    rng = np.random.default_rng(resample)
+    sizes = [(640, 480), (500, 333), (57, 56), (300, 7), (1, 2), (2, 1), (480, 640), *rng.integers(1, 400, (6, 2))]
+    for width, height in sizes:
+        image = PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        side = max(image.size)
+        square = PIL.Image.new("RGB", (side, side), (122, 116, 104))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        wide = resize or size
+        left = (wide - size) // 2
+        wanted = square.resize((wide, wide), resample).crop((left, left, left + size, left + size))
+        assert np.array_equal(layout.prepare(image), np.asarray(wanted).transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("entry", SHEET["images"], ids=lambda entry: entry["file"])
 def test_token_counts_of_the_reference(entry: dict) -> None:
     for mode in ("square", "pad"):

@@ -207,19 +207,28 @@ class FixedLayout:
         if width == height:
             return image
         _check_room(side, side, image)
-        canvas = PIL.Image.new("RGB", (side, side), self._mean_colour())
+        wide = side
+        if height < width and self.resample != PIL.Image.Resampling.NEAREST:
+            # Pillow resizes the rows first, each by itself: those of one colour need not be, and nothing else changes.
+            wide = self.resize or self.size
+            image = image.resize((wide, height), self.resample)
+        canvas = PIL.Image.new("RGB", (wide, side), self._mean_colour())
         canvas.paste(image, ((side - width) // 2, (side - height) // 2))
         return canvas
 
     def _cropped(self, image: PIL.Image.Image) -> PIL.Image.Image:
         if self.resize is None:
             return image.resize((self.size, self.size), self.resample)
-        width, height = image.size
-        long = int(self.resize * max(width, height) / min(width, height))
-        _check_room(self.resize, long, image)
-        wide = (self.resize, long) if width <= height else (long, self.resize)
+        wide = (self.resize, self.resize) if self.mode == "pad" else self._wide(image, self.resize)
         left, top = ((side - self.size) // 2 for side in wide)
-        return image.resize(wide, self.resample).crop((left, top, left + self.size, top + self.size))
+        shown = image.resize(wide, self.resample)
+        return shown.crop((left, top, left + self.size, top + self.size)) if left or top else shown
+
+    def _wide(self, image: PIL.Image.Image, short: int) -> tuple[int, int]:
+        width, height = image.size
+        long = int(short * max(width, height) / min(width, height))
+        _check_room(short, long, image)
+        return (short, long) if width <= height else (long, short)
 
     def _mean_colour(self) -> tuple[int, int, int]:
         red, green, blue = (int(channel * 255) for channel in self.mean)
