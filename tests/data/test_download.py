@@ -14,7 +14,8 @@ import pytest
 from loopback import Page, Server, serving
 
 from vistune.data import download as module
-from vistune.data.download import DownloadError, Patience, Stopped, asked_to_wait, download
+from vistune.data.download import DownloadError, Patience, asked_to_wait, download
+from vistune.data.threads import Stopped
 from vistune.data.unpack import is_whole_zip
 
 BODY = np.random.default_rng(0).bytes(200_000)

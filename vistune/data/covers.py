@@ -23,12 +23,11 @@ from vistune.data.download import (
     DISK_FULL,
     DownloadError,
     Patience,
-    Stopped,
     asked_to_wait,
     refused,
     request,
 )
-from vistune.data.threads import spread
+from vistune.data.threads import Stopped, spread
 from vistune.images import ImageError, image_size
 from vistune.samples import Image
 

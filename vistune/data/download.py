@@ -22,6 +22,8 @@ from threading import Event
 from time import time
 from typing import Any
 
+from vistune.data.threads import Stopped
+
 CHUNK = 1 << 20
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever the back-off or the server says
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 524})  # statuses that pass
@@ -42,10 +44,6 @@ class DownloadError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.address, self.reason, self.gone)
-
-
-class Stopped(Exception):
-    """The caller does not want it any more; what has arrived stays for the next call."""
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,9 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from vistune import console
@@ -232,6 +233,7 @@ class _Job:
             )
         except (ValueError, OSError) as error:
             self._fail(part, str(error))
+            self.patience = replace(self.patience, stop=Event())  # those links were stopped, not what comes after
             return
         said = f"{part.name}: {got.came:,} of {got.wanted:,} pictures came by their links"
         self.report.notes.append(f"{said}; {got.dead:,} links are dead ({dead}), {got.unknown:,} keys have none")
