@@ -226,19 +226,27 @@ class _ListRows:
         self.row, self.row_start, self.start = 0, start, start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        kept: _Window = b""
+        parts: list[_Window] = []  # not done with yet
+        held = enough = 0
         begin = self.start + 1  # all before is done
         for at, window in self.source.windows():
-            if at + len(window) <= begin:
+            stop = at + len(window)
+            if stop <= begin:
                 continue
-            kept = window if not kept else bytes(kept) + window[:]
-            base = at + len(window) - len(kept)
-            begin = base + (yield from self._window(kept, base, max(begin - base, 0)))
-            kept = b"" if begin >= at + len(window) or isinstance(kept, mmap.mmap) else kept[begin - base :]
-            if len(kept) > MAX_STRING:
-                raise self._torn(f"from byte {begin} on there is no bracket for {len(kept):,} bytes")
+            parts.append(window)
+            held += len(window)
+            if held < enough and stop < self.source.size:
+                continue
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            base = stop - len(data)
+            begin = base + (yield from self._window(data, base, max(begin - base, 0)))
             if not self.open_brackets:
                 return self._refuse_more(begin)
+            held = stop - begin
+            if held > MAX_STRING and stop < self.source.size:
+                raise self._torn(f"from byte {begin} on there is no bracket for {held:,} bytes")
+            parts = [data[begin - base :]] if held and stop < self.source.size else []
+            enough = 2 * held  # a long string is looked at again when there is twice as much of it
         raise self._torn(f"the file ends at byte {self.source.size} inside it")
 
     def _window(self, data: _Window, base: int, at: int) -> Any:

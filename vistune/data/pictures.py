@@ -39,7 +39,7 @@ class Folders:
 
     def __init__(self, source: str, folders: Sequence[str], beside: str):
         self.all = list(folders) or [beside]
-        for folder in self.all:
+        for folder in folders:
             if not files.is_folder(folder):
                 raise ValueError(f"{source}: its image folder {folder} does not exist")
         self._first = "" if files.is_remote(self.all[0]) else self.all[0]

@@ -72,6 +72,7 @@ class ParquetShard:
     """A parquet file. Read, never mapped: a file that is cut while a run goes on is an error then, not a crash."""
 
     def __init__(self, path: str):
+        self.path = path
         source: Any = files.open_binary(path) if files.is_remote(path) else path
         self._file = pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False)
         self.schema = self._file.schema_arrow
@@ -80,9 +81,14 @@ class ParquetShard:
         about = self._file.metadata
         leaves = [i for i in range(about.num_columns) if about.schema.column(i).path.split(".")[0] in columns]
         found = []
-        for number in range(about.num_row_groups):
-            group = about.row_group(number)
-            found.append(Group(group.num_rows, sum(group.column(i).total_uncompressed_size for i in leaves)))
+        try:
+            for number in range(about.num_row_groups):
+                group = about.row_group(number)
+                found.append(Group(group.num_rows, sum(group.column(i).total_uncompressed_size for i in leaves)))
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise torn(self.path, f"{type(error).__name__}: {error}") from None
+        if any(group.rows < 0 for group in found) or sum(group.rows for group in found) != about.num_rows:
+            raise torn(self.path, f"its footer counts {about.num_rows} rows, its row groups others")
         return found
 
     def read(self, number: int, group: Group, columns: Sequence[str]) -> pa.Table:
