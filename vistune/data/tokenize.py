@@ -192,7 +192,7 @@ def _seen(image: Image, sample: Sample) -> None:
     remote = files.is_remote(image.path)
     try:
         mode, size = (stat.S_IFREG, files.size(image.path)) if remote else _facts(image.path)
-    except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL in it
+    except (OSError, ValueError, ImportError) as error:  # no path at all, or of a system that is not installed
         reason = (error.strerror if isinstance(error, OSError) else str(error)) or "cannot be read"
         raise fault(sample, "image_missing", reason, image.path) from None
     if not stat.S_ISREG(mode):
