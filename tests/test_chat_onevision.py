@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from vistune.chat import ChatError, TextEncoder, chat_template, check_fits, enco
 from vistune.data.packing import best_fit
 from vistune.data.show import labels
 from vistune.data.tokenize import Language, Tokens, tokenize
+from vistune.data.transforms import apply
 from vistune.images import image_size
 from vistune.native import NativeLayout
 from vistune.samples import IMAGE_ID, IMAGE_MARK, NO_LOSS, Image, Message, Sample, SampleError
@@ -55,14 +57,31 @@ def sample(said: tuple[Message, ...], images: list[str | None] | list[Image]) ->
     return Sample(id="x", source="golden", row=0, messages=said, images=tuple(found))
 
 
-def cut(answer: str, most: int) -> str:
-    """The reference's rule for answers of more than `most` characters: back to the last full stop, if there is one."""
-    if not answer:
-        raise ValueError("an empty answer")
-    if len(answer) <= most:
-        return answer
-    ended = re.match(r"(?s).*[.。]", answer[:most].rstrip(".。 \t\n"))
-    return ended[0] if ended else answer[:most]
+@dataclass
+class Rows:
+    """A reader of given samples."""
+
+    samples: list[Sample]
+    name: str = "golden"
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> Sample:
+        return self.samples[row]
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def cleaned(case: dict[str, Any], one: Sample) -> list[Sample]:
+    """What the reference does with a single question before it trains it: no empty answer, and none too long."""
+    most = case["args"].get("training_rice_vl_max_answer_length", 4096)
+    steps = [{"do": "drop_invalid", "drops": ["empty_turn"]}, {"do": "cut_answers", "characters": most}]
+    reader = apply(Rows([one]), steps)
+    if not len(reader):
+        raise ValueError("left out")
+    return [reader[0]]
 
 
 def samples(case: dict[str, Any]) -> tuple[str, list[Sample]]:
@@ -81,10 +100,8 @@ def samples(case: dict[str, Any]) -> tuple[str, list[Sample]]:
     if case["path"].startswith("pretrain"):
         name = "qwen2-vl-caption-question" if args.get("add_question_in_pretrain") else "qwen2-vl-caption"
         return name, [sample(messages(given["context"], given["answers"]), [given["image"]])]
-    answer = given["answers"]
-    if case["path"].startswith("vqa_sft"):
-        answer = cut(answer, args.get("training_rice_vl_max_answer_length", 4096))
-    return "qwen2-vl", [sample(messages(given["context"], answer), [given["image"]])]
+    one = sample(messages(given["context"], given["answers"]), [given["image"]])
+    return "qwen2-vl", cleaned(case, one) if case["path"].startswith("vqa_sft") else [one]
 
 
 def labelled(tokens: Tokens) -> list[int]:
@@ -150,6 +167,11 @@ def test_where_the_reference_is_wrong(id: str) -> None:
 def test_what_the_reference_raises_on(id: str) -> None:
     with pytest.raises(ValueError):
         ids_and_labels(*samples(CASES[id]))
+
+
+def test_spaces_after_a_full_stop_do_not_save_its_sentence() -> None:
+    reader = apply(Rows([sample(messages("Q", "A. B. C"), [])]), [{"do": "cut_answers", "characters": 6}])
+    assert reader[0].messages[1].text == "A."
 
 
 def test_no_pack_overflows() -> None:

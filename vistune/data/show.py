@@ -41,7 +41,7 @@ def rows(reader: Reader, template: Template, encoder: TextEncoder) -> Iterator[d
             "ids": encoded.ids,
             "labels": labels(encoded),
             "supervised_text": supervised_text(encoded, encoder),
-            **_fault(sample),
+            **_fault(sample, template),
         }
 
 
@@ -50,10 +50,10 @@ def labels(encoded: Encoded) -> list[int]:
     return [i if learned else NO_LOSS for i, learned in zip(encoded.ids, encoded.loss_mask, strict=True)]
 
 
-def _fault(sample: Sample) -> dict[str, Any]:
+def _fault(sample: Sample, template: Template) -> dict[str, Any]:
     """What would keep a row out of training though its text can be shown: images and places for them differ."""
     try:
-        check_marks(sample)
+        check_marks(sample, in_answers=template.answer_images)
     except SampleError as error:
         return {"fault": error.fault.code, "reason": error.fault.reason}
     return {}

@@ -177,7 +177,7 @@ class CaptionToConversation(Step):
 class CutAnswers(Step):
     """Answers of more than `characters` end with the last whole sentence (`.` or `。`) within them.
 
-    A full stop that is the very last of these characters does not count, as in LLaVA-OneVision-1.5, where this comes
+    A full stop that ends these characters (spaces apart) does not count, as in LLaVA-OneVision-1.5, where this comes
     from; without any other the answer is cut where the characters end.
     """
 
@@ -197,6 +197,6 @@ class CutAnswers(Step):
         if len(answer) <= self.characters:
             return answer
         head = answer[: self.characters]
-        before = head.rstrip(".。")
+        before = head.rstrip(".。 \t\n")
         end = max(before.rfind("."), before.rfind("。"))
         return head[: end + 1] if end >= 0 else head
