@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vistune.data.packing import deal, pack
 from vistune.data.plan import Plan
 
-KNAPSACK = json.loads((GOLDEN.parent / "onevision15" / "greedy_knapsack.json").read_text())
+KNAPSACK = json.loads((GOLDEN.parent / "onevision15" / "labels.json").read_text())["greedy_knapsack"]
 """Lengths, and the bins that LLaVA-OneVision-1.5's offline packer (`greedy_knapsack`) put them in."""
 
 # LLaVA's second stage: (share of the rows, picture or not, median text, spread), 576 placeholders a picture.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,7 +71,7 @@ def completed(lengths: np.ndarray, room: int, images: np.ndarray, most: int) -> 
     As every pack begins with a random draw, long and short samples run out together, and there is choice to the end:
     that is what sorting them first gives away.
     """
-    stock = _Stock(lengths, images, room)
+    stock = _Stock(lengths, images)
     sizes, pictures = lengths.tolist(), images.tolist()
     enough = _OPEN_UNTIL * float(lengths.mean())
     packs: list[list[int]] = []
@@ -97,48 +97,39 @@ def completed(lengths: np.ndarray, room: int, images: np.ndarray, most: int) -> 
 class _Stock:
     """Samples in no pack yet, found by their length and their number of pictures."""
 
-    def __init__(self, lengths: np.ndarray, images: np.ndarray, room: int):
+    def __init__(self, lengths: np.ndarray, images: np.ndarray):
         self.gone = [False] * len(lengths)
         self._lengths, self._images = lengths.tolist(), images.tolist()
-        self._smallest = int(lengths.min())
-        self._kinds = sorted(set(self._images))
-        # [kind][length]: places that may be gone already, and how many are not
-        self._places: list[dict[int, list[int]]] = [defaultdict(list) for _ in self._kinds]
-        self._counts = [[0] * (room + 1) for _ in self._kinds]
+        self._kinds = sorted(set(self._images))  # numbers of pictures
         kinds = {count: kind for kind, count in enumerate(self._kinds)}
         self._kind = [kinds[count] for count in self._images]
+        # [kind][length]: places with just so many pictures, of which some may be gone
+        self._places: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in self._kinds]
         for place in range(len(lengths) - 1, -1, -1):
             self._places[self._kind[place]][self._lengths[place]].append(place)
-            self._counts[self._kind[place]][self._lengths[place]] += 1
-        # of every kind, int64 [room + 1]: the greatest length up to this one of which there are samples with at most
-        # so many pictures, 0 if there is none
-        self._below: list[np.ndarray] = []
-        for count in self._kinds:
-            there = np.unique(lengths[images <= count])
-            row = np.zeros(room + 1, np.int64)
-            row[there] = there
-            self._below.append(np.maximum.accumulate(row))
+        # [kind]: of the samples with at most so many pictures, how many there are of each length, and the lengths
+        upto = [lengths[images <= count].tolist() for count in self._kinds]
+        self._counts = [Counter(some) for some in upto]
+        self._sizes = [sorted(counts) for counts in self._counts]
 
     def take(self, place: int) -> None:
         """Mark a place as packed."""
         self.gone[place] = True
-        kind, length = self._kind[place], self._lengths[place]
-        self._counts[kind][length] -= 1
-        if self._counts[kind][length]:
-            return
-        for wider in range(kind, len(self._kinds)):
-            if not any(self._counts[other][length] for other in range(wider + 1)):
-                below = self._below[wider]
-                below[length : int(below.searchsorted(length, side="right"))] = below[length - 1]
+        length = self._lengths[place]
+        for kind in range(self._kind[place], len(self._kinds)):
+            self._counts[kind][length] -= 1
+            if not self._counts[kind][length]:
+                sizes = self._sizes[kind]
+                del sizes[bisect_left(sizes, length)]
 
     def filling(self, left: int, allowed: int) -> Iterator[int]:
         """Places, taken one after the other, that fill `left` tokens with at most `allowed` pictures well."""
-        while True:
-            kind = bisect_right(self._kinds, allowed) - 1
-            single = int(self._below[kind][left]) if kind >= 0 else 0
-            if not single:
+        while (kind := bisect_right(self._kinds, allowed) - 1) >= 0:
+            sizes = self._sizes[kind]
+            at = bisect_right(sizes, left) - 1
+            if at < 0:
                 return
-            place = self._take_one(kind, self._first_of_pair(left, allowed, single) or single)
+            place = self._take_one(kind, self._first_of_pair(left, allowed, sizes[at]) or sizes[at])
             left, allowed = left - self._lengths[place], allowed - self._images[place]
             yield place
 
@@ -148,34 +139,44 @@ class _Stock:
         The other of the two is then the longest that fits.
         """
         best, first = single, 0
-        if left < 2 * self._smallest:
-            return 0
         for kind, pictures in enumerate(self._kinds):
-            if 2 * pictures > allowed:
+            if 2 * pictures > allowed or best == left:
                 break
             other = bisect_right(self._kinds, allowed - pictures) - 1
-            last = left // 2 if other == kind else left - self._smallest
-            shorter = self._below[kind][self._smallest : last + 1]
-            both = self._below[other].take(left - shorter)
-            both += shorter
-            at = int(both.argmax())
-            if both[at] > best and self._are_two(kind, other, int(shorter[at]), int(both[at] - shorter[at])):
-                best, first = int(both[at]), int(shorter[at])
+            both, one = self._best_pair(kind, other, left)
+            if both > best:
+                best, first = both, one
         return first
 
-    def _are_two(self, kind: int, other: int, one: int, two: int) -> bool:
-        """Whether two lengths that were found are those of two samples, not of one found twice."""
-        return one > 0 and (one != two or sum(self._counts[k][one] for k in range(max(kind, other) + 1)) > 1)
+    def _best_pair(self, kind: int, other: int, left: int) -> tuple[int, int]:
+        """The greatest sum up to `left` of a length of `kind` and one of `other` (which has all of `kind`), and the
+        first of the two; the lengths are walked from both ends, until a pair fits exactly."""
+        ones, others = self._sizes[kind], self._sizes[other]
+        if not ones:
+            return 0, 0
+        best = first = 0
+        end = bisect_right(others, left - ones[0]) - 1
+        for at, one in enumerate(ones):
+            while end >= 0 and one + others[end] > left:
+                end -= 1
+            if end < 0 or (kind == other and at > end):
+                break
+            both = one + others[end]
+            if both > best and (one != others[end] or self._counts[other][one] > 1):
+                best, first = both, one
+                if both == left:
+                    break
+        return best, first
 
     def _take_one(self, kind: int, length: int) -> int:
         """A place of this length with as many pictures as may be, up to those of `kind`."""
-        while not self._counts[kind][length]:
+        while True:
+            stack = self._places[kind][length]
+            while stack:
+                if not self.gone[place := stack.pop()]:
+                    self.take(place)
+                    return place
             kind -= 1
-        stack = self._places[kind][length]
-        while self.gone[place := stack.pop()]:
-            continue
-        self.take(place)
-        return place
 
 
 def deal(costs: np.ndarray, world: int, packs_per_micro: int) -> list[list[list[int]]]:
