@@ -215,11 +215,14 @@ class _Transfer:
 
     def _receive(self, answer: Any, start: int, total: int | None) -> None:
         whole = self.size or total
+        said = answer.headers.get("Content-Length", "")
+        left = int(said) if said.isdigit() else None
         with open(self.part.path, "ab" if start else "wb") as file:
             self.heard(start, whole)
-            while block := _read(answer, total):
+            while block := _read(answer, left):
                 if self.patience.stop.is_set():
                     raise Stopped
+                left = None if left is None else left - len(block)
                 file.write(block)
                 start += len(block)
                 self.heard(start, whole)
@@ -303,13 +306,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(answer: Any, total: int | None) -> bytes:
-    try:
-        return bytes(answer.read(CHUNK))
-    except http.client.IncompleteRead as error:
-        if total is None:  # in chunks, and cut: it is known that more was to come
-            raise
-        return error.partial
+def _read(answer: Any, left: int | None) -> bytes:
+    """What has come, without waiting for a whole block of it: a stalled connection then costs none of it."""
+    if left == 0:  # the server may hold the connection open after the last byte
+        return b""
+    return bytes(answer.read1(CHUNK if left is None else min(CHUNK, left)))
 
 
 def _total_of(content_range: str | None) -> int | None:
