@@ -13,9 +13,11 @@ from vistune import chat, ranks
 from vistune import recipe as recipes
 from vistune.data.formats import Reader, open_source
 from vistune.data.index import Index, build_index
+from vistune.data.metadataset import expand, is_metadataset
 from vistune.data.plan import Plan
 from vistune.data.shares import Share
 from vistune.data.tokenize import Language
+from vistune.data.transforms import apply
 from vistune.images import FixedLayout
 from vistune.models.load import Described, describe, read_config
 from vistune.recipe import Recipe, Source
@@ -41,7 +43,7 @@ def read(recipe: Recipe, model: Described, cache: Path) -> Data:
     language = language_of(model)
 
     def open_all() -> tuple[list[Reader], Index]:
-        readers = open_readers(recipe.data.sources, cache)
+        readers = open_readers(recipe.data, cache)
         index = build_index(readers, language, recipe.data.length, cache=cache, workers=recipe.data.workers)
         return readers, index
 
@@ -50,13 +52,42 @@ def read(recipe: Recipe, model: Described, cache: Path) -> Data:
     return Data(readers, language, index, plan_of(recipe, index))
 
 
-def open_readers(sources: Sequence[Source], cache: Path | None) -> list[Reader]:
-    """One reader a source, its transforms applied."""
-    return [open_reader(source, cache) for source in sources]
+def open_readers(data: recipes.Data, cache: Path | None) -> list[Reader]:
+    """One reader for each of `sources_of(data)`."""
+    return [open_reader(source, cache, data.workers) for source in sources_of(data)]
 
 
-def open_reader(source: Source, cache: Path | None) -> Reader:
-    return open_source(source.path, source.format, source.images, source.name, cache, source.options)
+def open_reader(source: Source, cache: Path | None, workers: int = 0) -> Reader:
+    """The source seen through its transforms."""
+    reader = open_source(source.path, source.format, source.images, source.name, cache, source.options)
+    return apply(reader, source.transforms, cache, workers=workers)
+
+
+def sources_of(data: recipes.Data) -> list[Source]:
+    """The recipe's sources, with the datasets that a blend file names in its place."""
+    found = [part for source in data.sources for part in _parts(source)]
+    if len({part.weight > 0 for part in found}) > 1:
+        raise ValueError("data.sources: a blend has weights and other sources have none; give each source a weight")
+    return found
+
+
+def _parts(source: Source) -> list[Source]:
+    if source.format != "energon" or not is_metadataset(source.path):
+        return [source]
+    if source.cap or source.expect:
+        raise ValueError(f"{source.path}: cap and expect are for one data set, and this file blends several")
+    return [
+        source.model_copy(
+            update={
+                "path": part.path,
+                "name": "",
+                "options": {**source.options, **part.options()},
+                "weight": part.weight * (source.weight or 1.0) if part.weight else source.weight,
+                "epochs": source.epochs * (part.repetitions or 1.0),
+            }
+        )
+        for part in expand(source.path, source.options.get("split", "train"))
+    ]
 
 
 def language_of(model: Described) -> Language:
@@ -76,7 +107,7 @@ def plan_of(recipe: Recipe, index: Index) -> Plan:
         seed=recipe.train.seed,
         epochs=recipe.train.epochs,
         steps=recipe.train.steps,
-        shares=[Share(epochs=s.epochs, weight=s.weight, cap=s.cap) for s in recipe.data.sources],
+        shares=[Share(epochs=s.epochs, weight=s.weight, cap=s.cap) for s in sources_of(recipe.data)],
         images_per_pack=recipe.data.images_per_pack,
         group=recipe.data.group,
         micro_batch=recipe.train.micro_batch,
@@ -123,8 +154,8 @@ def open_target(
     if target.endswith(".toml"):
         recipe = recipes.read(target, words)
         language = language_of(describe_model(recipe))
-        expect = [source.expect for source in recipe.data.sources]
-        readers = open_readers(recipe.data.sources, cache)
+        expect = [source.expect for source in sources_of(recipe.data)]
+        readers = open_readers(recipe.data, cache)
         return Target(readers, language, recipe.data.length, expect, recipe)
     if words:
         raise ValueError(f"{words[0]!r}: words lie over a recipe; {target} does not end in .toml")
