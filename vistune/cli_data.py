@@ -98,6 +98,7 @@ def show(
     from json import dumps
 
     from vistune import inputs
+    from vistune.data import page
     from vistune.data import show as room
 
     if not target.endswith(".toml") and not tokenizer:
@@ -113,7 +114,8 @@ def show(
     )
     assert opened.language is not None
     if html:
-        inputs.show_page(opened, html, rows or 50)
+        plan = inputs.read_plan(opened.recipe) if opened.recipe else None
+        page.show_page(opened.readers, opened.language, opened.length, html, rows=rows or 50, plan=plan)
         console.say(f"page: {html}")
         return
     template_, encoder = opened.language.template, opened.language.encoder

@@ -52,6 +52,11 @@ def read(recipe: Recipe, model: Described, cache: Path) -> Data:
     return Data(readers, language, index, plan_of(recipe, index))
 
 
+def read_plan(recipe: Recipe) -> Plan:
+    """The plan that a run of the recipe will follow, its index made or found where the run keeps it."""
+    return read(recipe, describe_model(recipe), Path(recipe.run) / "index").plan
+
+
 def open_readers(data: recipes.Data, cache: Path | None) -> list[Reader]:
     """One reader for each of `sources_of(data)`."""
     return [open_reader(source, cache, data.workers) for source in sources_of(data)]

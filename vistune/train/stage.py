@@ -62,7 +62,8 @@ def claim(recipe: Recipe) -> Path:
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    if folder.exists() and any(folder.iterdir()) and not (folder / "recipe.toml").exists():
+    others = [file for file in folder.iterdir() if file.name != "index"] if folder.is_dir() else []
+    if others and not (folder / "recipe.toml").exists():  # an index may be there before: other verbs make it too
         raise ValueError(f"run {folder}: is not empty and is no run of vistune; choose another with run=DIR")
     with checkpoint.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
