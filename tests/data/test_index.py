@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 from conftest import make_language, turns
 
 from vistune.data.formats import open_source
+from vistune.data.growing import Faults
 from vistune.data.index import COLUMNS, _Measure, build_index, open_index
 from vistune.data.tokenize import tokenize
 
@@ -116,6 +120,114 @@ def test_a_folder_that_was_not_finished_is_made_again(tmp_path, source, language
     assert build_index([source], language, 120, cache=tmp_path / "cache").hash == index.hash
     assert json.loads((index.folder / "meta.json").read_text())["rows"] == 7
     assert open_index(index.folder).faults == index.faults
+
+
+@pytest.fixture
+def many(write_rows):
+    rows = [{"conversations": turns("Hi " * (i % 9), "Yes " * (i % 5))} for i in range(700)]
+    return open_source(str(write_rows(rows)), name="many")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("vistune.data.index._CHUNK", 200)
+    monkeypatch.setattr("vistune.data.growing._KEEP_SECONDS", 0.0)
+
+
+def dies_at(monkeypatch, row: int, how) -> list[int]:
+    """From here on `row` of the source ends the build; the list grows with the rows that are measured."""
+    seen: list[int] = []
+
+    def tokenize_until(sample, *args, **kwargs):
+        seen.append(sample.row)
+        return how() if sample.row == row else tokenize(sample, *args, **kwargs)
+
+    monkeypatch.setattr("vistune.data.index.tokenize", tokenize_until)
+    return seen
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_a_build_that_was_stopped_goes_on_where_it_was(many, tmp_path, language, monkeypatch, small_chunks):
+    whole = build_index([many], language, 120)
+    dies_at(monkeypatch, 500, stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_index([many], language, 120, cache=tmp_path / "cache")
+    (part,) = (tmp_path / "cache").iterdir()
+    with open(part / "chunks.bin", "ab") as done, open(part / "faults.jsonl", "ab") as faults:
+        done.write(b"torn"), faults.write(b'{"torn')
+    seen = dies_at(monkeypatch, -1, stop)
+    index = build_index([many], language, 120, cache=tmp_path / "cache")
+    assert min(seen) == 400
+    assert index.hash == whole.hash and index.faults == whole.faults and len(whole.faults) > 100
+    assert all((index.columns[name] == whole.columns[name]).all() for name in COLUMNS)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [index.folder.name]
+    assert not (index.folder / "lock").exists()
+
+
+def test_a_build_that_was_killed_goes_on_too(many, tmp_path, language, monkeypatch, small_chunks):
+    def build():
+        dies_at(monkeypatch, 500, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        build_index([many], language, 120, cache=tmp_path)
+
+    killed = multiprocessing.get_context("fork").Process(target=build)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    seen = dies_at(monkeypatch, -1, stop)
+    index = build_index([many], language, 120, cache=tmp_path)
+    assert min(seen) == 400 and index.hash == build_index([many], language, 120).hash
+
+
+def test_a_resumed_build_looks_at_pictures_again(pictures, tmp_path, source, language, monkeypatch, small_chunks):
+    monkeypatch.setattr("vistune.data.index._CHUNK", 4)
+    dies_at(monkeypatch, 6, stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_index([source], language, 120, cache=tmp_path / "cache")
+    PIL.Image.new("RGB", (10, 10)).save(pictures / "gone.png")
+    dies_at(monkeypatch, -1, stop)
+    index = build_index([source], language, 120, cache=tmp_path / "cache")
+    assert index.fault[2] == 0 and index.fault[3] != 0
+
+
+def test_two_processes_make_it_once(many, tmp_path, language, monkeypatch):
+    def slow(sample, *args, **kwargs):
+        with open(tmp_path / "measured", "a") as log:
+            log.write(".")
+        return tokenize(sample, *args, **kwargs)
+
+    monkeypatch.setattr("vistune.data.index.tokenize", slow)
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=build_index, args=([many], language, 120, tmp_path / "cache")) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert [one.exitcode for one in both] == [0, 0]
+    assert len((tmp_path / "measured").read_text()) == 700
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_many_faults_stay_on_disk(many, tmp_path, language, monkeypatch):
+    here = build_index([many], language, 120)
+    monkeypatch.setattr("vistune.data.index._MANY", 10)
+    kept = build_index([many], language, 120, cache=tmp_path)
+    assert isinstance(kept.faults, Faults) and kept.faults == here.faults and here.faults == list(kept.faults)
+    assert kept.faults[0] == here.faults[0] and kept.faults[-1] == here.faults[-1]
+    assert kept.faults[2:5] == here.faults[2:5] and len(kept.faults) == len(here.faults)
+    with pytest.raises(IndexError):
+        kept.faults[len(kept.faults)]
+
+
+def test_a_build_that_nobody_goes_on_with_is_forgotten(many, tmp_path, language):
+    old, new = tmp_path / ".index-aa.part", tmp_path / ".index-bb.part"
+    for part in (old, new):
+        part.mkdir()
+    os.utime(old, (0, 0))
+    build_index([many], language, 120, cache=tmp_path)
+    assert not old.exists() and new.exists()
 
 
 def test_the_hash_is_of_the_content_not_of_the_place(write_rows, pictures, tmp_path, language):
