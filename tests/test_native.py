@@ -15,7 +15,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vistune.images import CLIP_MEAN, ImageError, image_size, normalize, open_image
-from vistune.native import NativeLayout, smart_resize
+from vistune.native import NativeLayout, open_native, smart_resize
 from vistune.samples import Image
 
 GOLDEN = Path(__file__).parent / "golden" / "onevision15"
@@ -155,6 +155,26 @@ def test_limits_of_old_and_new_processor_files() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             NativeLayout.from_processor({**new, **wrong})
+
+
+def test_opened_from_a_folder(tmp_path: Path) -> None:
+    """Files of `transformers` 4 and 5, alone and as part of a processor."""
+    layout = NativeLayout(min_pixels=3136, max_pixels=2560000)
+    assert open_native(GOLDEN / "processor") == layout  # size.longest_edge is 12845056 there
+    assert open_native(tmp_path) is None
+    stock = Qwen2VLImageProcessorPil(max_pixels=2560000, temporal_patch_size=1)
+    stock.save_pretrained(tmp_path)
+    assert open_native(tmp_path) == layout
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": stock.to_dict()}))
+    assert open_native(tmp_path, image_resolution=1000) == replace(layout, image_resolution=1000)
+    (tmp_path / "processor_config.json").write_text(
+        '{"image_processor": {"image_processor_type": "CLIPImageProcessor"}}'
+    )
+    assert open_native(tmp_path) is None
+    (tmp_path / "processor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"processor_config\.json"):
+        open_native(tmp_path)
 
 
 def test_every_setting_is_told() -> None:

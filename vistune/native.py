@@ -5,8 +5,10 @@ Knows nothing of tokenizers or of models' weights.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,6 +164,24 @@ class NativeLayout:
             resample=int(read.get("resample", PIL.Image.Resampling.BICUBIC)),
             image_resolution=image_resolution,
         )
+
+
+def open_native(folder: Path | str, *, image_resolution: int | None = None) -> NativeLayout | None:
+    """The layout that the processor files of a model's folder describe; None when there are none, or of another kind.
+
+    Raises ValueError as `NativeLayout.from_processor` does, and for a file that is no JSON.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if not (path := Path(folder) / name).is_file():
+            continue
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        described = (read.get(key) or {}) if key else read
+        if "Qwen2VL" in described.get("image_processor_type", ""):
+            return NativeLayout.from_processor(described, image_resolution=image_resolution)
+    return None
 
 
 def _limit(read: dict[str, Any], key: str, edge: str, name: str) -> int:
