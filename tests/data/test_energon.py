@@ -74,6 +74,7 @@ def test_packed_reads_as_the_reference_does(tmp_path, cache):
             decoded = open_image(image)
             assert list(decoded.size) == want["image_sizes_wh"][sub]
             assert sha(np.asarray(decoded).tobytes()) == want["decoded_rgb_sha256_pillow"][sub]
+    assert len(list(reader)) == 25
     order = ["pretrain-000001.tar", "pretrain-000000.tar"]  # as split.yaml lists them
     assert list(dict.fromkeys(sample.id.split("/")[0] for sample in samples.values())) == order
 
@@ -423,7 +424,7 @@ def test_a_blend_is_laid_flat(blend):
 
 def test_a_blend_opened_as_one_is_its_datasets_in_a_row(blend):
     reader = open_source(str(blend), "energon", name="all", options={"split": "twice"})
-    assert len(reader) == 12 + 25
+    assert len(reader) == len(list(reader)) == 12 + 25
     reader = pickle.loads(pickle.dumps(reader))
     sample = reader[12]
     assert (sample.row, sample.source, sample.id) == (12, "all", "pretrain-000001.tar/ps_00022083#0")

@@ -66,6 +66,27 @@ def test_what_is_no_file_is_read_over(tmp_path):
     assert [name for name, *_ in listed(path)] == ["a.txt"]
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_of_many_gigabytes(tmp_path, kind):
+    path = tmp_path / "big.tar"
+    large, small = tarfile.TarInfo("a.bin"), tarfile.TarInfo("b.txt")
+    large.size = 9 << 30  # more than eleven octal digits hold; the file is a hole
+    with open(path, "wb") as out:
+        head = large.tobuf(kind)
+        out.write(head)
+        out.seek(large.size, 1)
+        out.write(small.tobuf(kind) + bytes(1024))
+    assert listed(path) == [("a.bin", len(head), 9 << 30), ("b.txt", path.stat().st_size - 1024, 0)]
+
+
+def test_sparse_members_are_refused(tmp_path):
+    about = tarfile.TarInfo("a.bin")
+    about.type = tarfile.GNUTYPE_SPARSE
+    (tmp_path / "s.tar").write_bytes(about.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(TarError, match="byte 0: a sparse or split member"):
+        listed(tmp_path / "s.tar")
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ BLOCK = 512
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # as WebDataset and energon cut a name
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; more is no name
+_PLAIN, _EMPTY = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
+_BEFORE = (b"L", b"x", b"K", b"g")  # headers that speak of the member after them
 _OPEN = 8  # files kept open by one reader
 
 Read = Callable[[int, int], bytes]
@@ -64,13 +67,16 @@ def members(path: str, read: Read, start: int, stop: int) -> Iterator[Member]:
         head = read(at, BLOCK)
         if len(head) < BLOCK:
             raise _torn(path, at, "the file ends inside a header")
-        if not head.strip(b"\0"):
+        if head[0] == 0 and not head.strip(b"\0"):
             return
-        size = _number(path, head, at) if size_told is None else size_told
+        size = _number(path, head, at)
+        size = size if size_told is None else size_told
         kind = head[156:157]
-        if at + BLOCK + size > stop:
+        if at + BLOCK + size > stop and kind not in _EMPTY:
             raise _torn(path, at, f"a member of {size} bytes reaches beyond byte {stop}")
-        if kind in (b"L", b"x"):
+        if kind in _PLAIN:
+            yield Member(long_name if long_name is not None else _name(head), first, at + BLOCK, size)
+        elif kind in (b"L", b"x"):
             if size > _LONGEST_NAME:
                 raise _torn(path, at, f"a name of {size} bytes")
             text = read(at + BLOCK, size)
@@ -81,14 +87,10 @@ def members(path: str, read: Read, start: int, stop: int) -> Iterator[Member]:
                 long_name = told if told is not None else long_name
         elif kind in (b"S", b"M"):
             raise TarError(f"{path}: byte {at}: a sparse or split member; write the tar anew without it")
-        elif kind not in (b"K", b"g"):
-            if kind in (b"0", b"\0", b"7"):
-                yield Member(long_name if long_name is not None else _name(head), first, at + BLOCK, size)
-            long_name = size_told = None
-        linked = kind in (b"1", b"2", b"3", b"4", b"5", b"6")  # these have no content whatever size they tell
-        at += BLOCK if linked else BLOCK + _padded(size)
-        if kind not in (b"L", b"x", b"K", b"g"):
-            first = at
+        # Links, devices and folders have no content, whatever size they tell.
+        at += BLOCK if kind in _EMPTY else BLOCK + _padded(size)
+        if kind not in _BEFORE:
+            first, long_name, size_told = at, None, None
 
 
 def scan(path: str, read: Read, size: int) -> np.ndarray:
@@ -143,12 +145,13 @@ class Files:
         if self._process != os.getpid():  # positions of inherited files are shared with the parent
             self._open, self._process = OrderedDict(), os.getpid()
         file = self._open.get(path)
-        if file is None:
+        if file is not None:
+            self._open.move_to_end(path)
+        else:
             file = files.open_binary(path)
             self._open[path] = file
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(path)
         if not files.is_remote(path):
             return os.pread(file.fileno(), count, start)
         file.seek(start)
@@ -211,21 +214,23 @@ def _padded(size: int) -> int:
 
 def _number(path: str, head: bytes, at: int) -> int:
     """The size that a header tells, once its checksum is seen to be right."""
+    field = head[148:156]
     try:
-        told = int(head[148:156].strip(b" \0"), 8)
-        field = head[124:136]
-        size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b" \0") or b"0", 8)
+        told = int(field.strip(b" \0"), 8)
+        size = head[124:136]
+        number = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
     except ValueError:
         raise _torn(path, at, "no tar header there") from None
-    whole = sum(head) - sum(head[148:156]) + 8 * ord(" ")
-    if told != whole:
+    # A checksum is the sum of all bytes, with spaces for its own field. Adler's low half is 1 + such a sum modulo
+    # 65521, and is twenty times as fast as adding in Python.
+    if zlib.adler32(head) & 0xFFFF != (1 + told - 8 * ord(" ") + sum(field)) % 65521:
         raise _torn(path, at, "the header's checksum is wrong")
-    return size
+    return number
 
 
 def _name(head: bytes) -> str:
     name = head[:100].split(b"\0", 1)[0]
-    prefix = head[345:500].split(b"\0", 1)[0] if head[257:263] == b"ustar\0" else b""
+    prefix = head[345:500].split(b"\0", 1)[0] if head[345] and head[257:263] == b"ustar\0" else b""
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
 
 

@@ -67,6 +67,8 @@ class Energon:
         return self._last - self._first
 
     def __getitem__(self, row: int) -> Sample:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
         place = self._rows.table[self._first + row]
         shard = self._shards[int(place["shard"])]
         id = shard.name
@@ -113,6 +115,8 @@ class Chain:
         return self._starts[-1]
 
     def __getitem__(self, row: int) -> Sample:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
         at = bisect_right(self._starts, row) - 1
         try:
             sample = self.readers[at][row - self._starts[at]]
