@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -16,6 +15,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vistune.chat import ChatError, TextEncoder, chat_template, check_fits, encode, template
+from vistune.data.formats import open_source
 from vistune.data.packing import best_fit
 from vistune.data.show import labels
 from vistune.data.tokenize import Language, Tokens, tokenize
@@ -186,42 +186,32 @@ def test_no_pack_overflows() -> None:
 
 
 @cache
-def members(dataset: str, shard: str) -> dict[str, bytes]:
-    with tarfile.open(GOLDEN / "webdataset" / dataset / shard) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
+def on_disk(dataset: str) -> dict[str, list[Sample]]:
+    """Samples by the key of what they were written as; the members of a pack, which are samples here, in order."""
+    reader = open_source(str(GOLDEN / "webdataset" / dataset), format="energon")
+    found: dict[str, list[Sample]] = {}
+    for one in (reader[row] for row in range(len(reader))):
+        found.setdefault(one.id.rpartition("/")[2].partition("#")[0], []).append(one)
+    return found
 
 
-def streamed_images(dataset: str, key: str, said: dict[str, Any]) -> list[Image]:
-    held = members(dataset, said["shard"])
-    names = [name for name in held if name.startswith(key + ".") and not name.endswith(".json")]
-    in_order = said["json"].get("name") or [f"img{number}.jpg" for number in range(len(names))]
-    by_end = {name.partition(".")[2]: held[name] for name in names}
-    return [Image(data=by_end[name]) for name in in_order] if names else []
-
-
-@pytest.mark.parametrize("key", sorted(STREAMED["packed"]))
-@pytest.mark.parametrize(("way", "name"), [("caption", "qwen2-vl-caption"), ("vqa", "qwen2-vl")])
-def test_packs_on_disk(key: str, way: str, name: str) -> None:
-    said = STREAMED["packed"][key]
-    images = streamed_images("packed", key, said)
-    rows = zip(said["json"]["prompts"], said["json"]["captions"], images, strict=True)
-    parts = [sample(messages(prompt, caption), [image]) for prompt, caption, image in rows]
-    wanted = said[f"encoded_{way}_mode"]
-    ids, learned, ends = ids_and_labels(name, parts)
-    assert (ids, learned, ends) == (wanted["tokens"], wanted["labels"], wanted["cu_lengths"])
-    grids = [list(language(name).layout.grid(*image_size(image)) or ()) for image in images]
-    assert grids == wanted["image_grid_thw"]
-
-
-@pytest.mark.parametrize("key", sorted(STREAMED["mixqa"]))
-def test_conversations_on_disk(key: str) -> None:
-    said = STREAMED["mixqa"][key]
-    images = streamed_images("mixqa", key, said)
-    texts = [Message(role=message["role"], text=message["content"]) for message in said["json"]["texts"]]
-    ids, learned, _ = ids_and_labels("qwen2-vl-turns", [sample(tuple(texts), images)])
-    assert (ids, learned) == (said["encoded"]["tokens"], said["encoded"]["labels"])
-    grids = [list(language("qwen2-vl-turns").layout.grid(*image_size(image)) or ()) for image in images]
-    assert grids == (said["encoded"]["image_grid_thw"] or [])
+@pytest.mark.parametrize(
+    ("dataset", "name", "encoded"),
+    [
+        ("packed", "qwen2-vl-caption", "encoded_caption_mode"),
+        ("packed", "qwen2-vl", "encoded_vqa_mode"),
+        ("mixqa", "qwen2-vl-turns", "encoded"),
+    ],
+)
+def test_what_lies_on_disk(dataset: str, name: str, encoded: str) -> None:
+    assert set(on_disk(dataset)) == set(STREAMED[dataset]) and len(on_disk(dataset)) == 12
+    for key, parts in on_disk(dataset).items():
+        wanted = STREAMED[dataset][key][encoded]
+        ids, learned, ends = ids_and_labels(name, parts)
+        assert (ids, learned) == (wanted["tokens"], wanted["labels"]), key
+        assert ends == wanted.get("cu_lengths", [0, len(ids)])
+        grids = [language(name).layout.grid(*image_size(image)) for part in parts for image in part.images]
+        assert [list(grid or ()) for grid in grids] == (wanted["image_grid_thw"] or [])
 
 
 def stock(prompt: str, tokens: list[int]) -> list[int]:
