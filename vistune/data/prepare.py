@@ -134,8 +134,8 @@ class _Job:
     ):
         self.data, self.parts, self.root, self.work, self.report = data, parts, root, work, report
         self.source, self.patience, self.keep = source, patience, keep
-        self.ledger = Ledger(work / "unpacked.json")
-        self.journal = work / "renames.jsonl"
+        self.ledger = Ledger(work / f"{data.name}.unpacked.json")
+        self.journal = work / f"{data.name}.renames.jsonl"
         self.wanted: Wanted | None = None
         self.missing: set[str] = set()
 
