@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -76,6 +77,12 @@ def key(image: Image) -> int:
 
 def judge(image: Image, *, decode: bool, layout: Layout | None = None) -> Verdict:
     """Look into a picture that is there: its header, and with `decode` all its pixels, as training would see them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, of what is said here with its row
+        return _judged(image, decode, layout)
+
+
+def _judged(image: Image, decode: bool, layout: Layout | None) -> Verdict:
     try:
         format, width, height = image_header(image)
     except ImageError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vistune import console, ranks
 from vistune.samples import Fault
@@ -28,15 +30,27 @@ class Ledger:
 
     def add(self, faults: Iterable[Fault]) -> None:
         """Write the new ones down. Raises ValueError above the cap; then the run stops with exit code 2."""
-        new = [f for f in faults if (f.source, f.row, f.code) not in self.faults]
-        for fault in new:
-            self.faults[fault.source, fault.row, fault.code] = fault
+        # Sorted, so that the order does not depend on which rank met them; the first of two pictures stands for both.
+        met = sorted(faults, key=lambda f: (f.source, f.row, f.code, f.path), reverse=True)
+        found = {(f.source, f.row, f.code): f for f in met}
+        new = [fault for key, fault in sorted(found.items()) if key not in self.faults]
+        self.faults |= {(f.source, f.row, f.code): f for f in new}
         if new and ranks.is_first():
             torn = self.path.exists() and self.path.stat().st_size > 0 and self.path.read_bytes()[-1:] != b"\n"
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("\n" if torn else "")
-                file.writelines(json.dumps(asdict(f), ensure_ascii=False) + "\n" for f in new)
+                file.writelines(map(_json, new))
             console.warn(f"{len(new)} row(s) set aside, {len(self.faults)} in all; the first: {_line(new[0])}")
+        self._judge()
+
+    def restore(self, saved: Iterable[dict[str, Any]]) -> None:
+        """The ledger as a checkpoint has it (`state`). What was met after it is met again, unless it was mended."""
+        faults = [Fault(**one) for one in saved]
+        self.faults = {(f.source, f.row, f.code): f for f in faults}
+        if ranks.is_first():
+            beside = self.path.with_name(f".{self.path.name}")
+            beside.write_text("".join(map(_json, faults)), encoding="utf-8", errors="backslashreplace")
+            os.replace(beside, self.path)
         self._judge()
 
     def _judge(self) -> None:
@@ -50,8 +64,13 @@ class Ledger:
                 f"the first: {_line(first)}. All of them: {self.path}. Mend them, or raise data.quarantine_cap."
             )
 
-    def state(self) -> list[dict]:
+    def state(self) -> list[dict[str, Any]]:
+        """What goes into a checkpoint."""
         return [asdict(f) for f in self.faults.values()]
+
+
+def _json(fault: Fault) -> str:
+    return json.dumps(asdict(fault), ensure_ascii=False) + "\n"
 
 
 def _line(fault: Fault) -> str:

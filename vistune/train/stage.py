@@ -193,6 +193,7 @@ def train(
 
     if saved := checkpoint.folders(folder):
         loop.state = State.from_dict(_take_up(saved[-1], tensors, data))
+        loop.ledger.restore(checkpoint.read_state(saved[-1])["quarantine"])
         if loop.optimizer.true_half:
             loop.optimizer.write_back()
         console.say(f"going on from {saved[-1]}, step {loop.state.step} of {loop.steps}")
