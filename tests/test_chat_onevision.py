@@ -35,7 +35,7 @@ LENGTH = 4096
 
 @cache
 def encoder() -> TextEncoder:
-    return TextEncoder(open_encoder(GOLDEN / "processor").tokenizer, placeholder=PAD)
+    return open_encoder(GOLDEN / "processor", PAD)
 
 
 @cache

@@ -26,7 +26,7 @@ Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
 _METASPACE = "▁"
 
 
-def open_encoder(folder: Path | str) -> TextEncoder:
+def open_encoder(folder: Path | str, placeholder: str | None = None) -> TextEncoder:
     """The encoder of a tokenizer's or a model's folder. Raises ValueError when there is no fast tokenizer in it."""
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer {folder}: no such folder")
@@ -35,7 +35,7 @@ def open_encoder(folder: Path | str) -> TextEncoder:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"tokenizer {folder}: cannot be opened ({reason}); a tokenizer.json is needed") from error
-    return TextEncoder(tokenizer)
+    return TextEncoder(tokenizer, placeholder)
 
 
 def prefixes(tokenizer: Any) -> Space:
