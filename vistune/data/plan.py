@@ -32,7 +32,7 @@ _KEPT_WINDOWS = 4
 _FORMAT = 2  # of the order and of what is kept of it; raised when either changes
 _FACTS = ("packs", "samples", "tokens", "supervised", "images", "shortened", "longest", "most_images")
 # Steps that `describe` looks at as one piece of work; of an epoch of more samples, so many pieces, evenly spread.
-_PIECE, _ALL_UP_TO, _PIECES = 32, 4_000_000, 128
+_PIECE, _ALL_UP_TO, _PIECES = 32, 4_000_000, 64
 
 
 class Plan:
