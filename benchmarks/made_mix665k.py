@@ -25,7 +25,7 @@ import made_data
 import made_model
 import numpy as np
 
-LAYOUT = 3  # raised when other bytes are written
+LAYOUT = 4  # raised when other bytes are written
 WORDS = 150_000
 PIECES = 32_000
 CORPUS_WORDS = 3_000_000
@@ -105,7 +105,7 @@ def _instruct(text: Text, rng: random.Random) -> Rounds:
 
 def _talk(text: Text, rng: random.Random) -> Rounds:
     """ShareGPT: text alone, some of it far longer than 2,048 tokens."""
-    rounds = _drawn(rng, 3.6, 0.8, 1, 30)
+    rounds = _drawn(rng, 5.0, 0.8, 1, 40)
     return [
         (text.take(_drawn(rng, 60, 1.3, 3, 1500)), text.take(_drawn(rng, 210, 0.8, 5, 1200)).replace(". ", ".\n\n"))
         for _ in range(rounds)
@@ -191,14 +191,16 @@ class Made:
         return self.folder / "tokenizer"
 
 
-def make(folder: Path, rows: int = ROWS, pictures: int = 2000, seed: int = 0, pieces: int = PIECES) -> Made:
+def make(
+    folder: Path, rows: int = ROWS, pictures: int = 2000, seed: int = 0, pieces: int = PIECES, words: int = WORDS
+) -> Made:
     """Write everything under `folder`, unless it is there already, whole and of these sizes."""
-    face = {"layout": LAYOUT, "rows": rows, "pictures": pictures, "seed": seed, "pieces": pieces}
+    face = {"layout": LAYOUT, "rows": rows, "pictures": pictures, "seed": seed, "pieces": pieces, "words": words}
     done = folder / "made.json"
     if not (done.is_file() and json.loads(done.read_text())["face"] == face):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        text = Text(seed)
+        text = Text(seed, words)
         _tokenizer(folder, text, pieces, CORPUS_WORDS if rows > 10_000 else CORPUS_WORDS // 30)
         named = _pictures(folder / "images", pictures, seed)
         sources = _write(folder / "mix665k.json", rows, text, named, seed)
