@@ -157,18 +157,25 @@ def test_parquet_has_the_columns_of_the_hub(tmp_path, samples):
     assert pq.read_table(tmp_path / "b.parquet").to_pylist()[0]["images"][0]["bytes"] is None
 
 
-def test_image_text_holds_captions_alone(tmp_path, samples):
+def test_image_text_holds_one_picture_with_each_text(tmp_path, samples):
+    caption = sample("<image>", "A cat", images=(Image(data=encoded(9, "PNG")),))
     with open_writer("image_text", tmp_path / "out") as writer:
-        writer.add(sample("<image>\n", "A cat", images=(Image(data=encoded(9, "PNG")),)))
-        for one in samples:
-            with pytest.raises(NotHeld, match=r"holds one picture|question would be lost"):
+        for one in (caption, *samples[:2]):
+            writer.add(one)
+        for one in samples[2:]:
+            with pytest.raises(NotHeld, match=r"[02] pictures; it holds one"):
                 writer.add(one)
-    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {"00000000.png", "00000000.txt"}
-    assert (tmp_path / "out" / "00000" / "00000000.txt").read_text() == "A cat"
+    below = {path.name for path in (tmp_path / "out" / "00000").iterdir()}
+    assert below >= {"00000000.png", "00000000.txt", "00000001.png", "00000001.json", "00000002.jpg"}
+    reader = open_source(str(tmp_path / "out"), "image_text", options={"prompt": "<image>"})
+    assert [content(one) for one in reader] == [content(one) for one in (caption, *samples[:2])]
     with open_writer("image_text", tmp_path / "two", prompts="ignore") as writer:
         writer.add(samples[0])
-    reader = open_source(str(tmp_path / "two"), "image_text")
-    assert reader[0].messages[-1].text == samples[0].messages[1].text and len(reader) == 1
+        with pytest.raises(NotHeld, match="a caption is one answer"):
+            writer.add(samples[1])
+    assert (tmp_path / "two" / "00000" / "00000000.txt").read_text() == samples[0].messages[1].text
+    with pytest.raises(ValueError, match="choose 'use' or 'ignore'"):
+        open_writer("image_text", tmp_path / "three", prompts="no")
 
 
 def test_energon_shards_have_limits_and_say_what_is_in_them(tmp_path):

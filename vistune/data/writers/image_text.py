@@ -1,7 +1,8 @@
-"""Writes a folder of pictures, each with its caption in a `.txt` of the same name."""
+"""Writes a folder of pictures, each with its text beside it: a caption in a `.txt`, a conversation in a `.json`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from vistune.samples import IMAGE_MARK, Sample
 
 
 class ImageText:
-    """Holds one picture with one caption. `prompts` "ignore" lets a question beside the picture be lost."""
+    """Holds samples of one picture. `prompts` "ignore" writes captions alone: a question beside the picture is lost."""
 
     def __init__(self, out: Path, prompts: str = "use"):
         if prompts not in ("use", "ignore"):
@@ -25,10 +26,11 @@ class ImageText:
         self._prompts = prompts
 
     def add(self, sample: Sample) -> None:
-        caption = self._caption(sample)
-        (image,) = sample.images
-        below = self._pictures.put(read_picture(image), own_name(image))
-        (self._folder / below).with_suffix(".txt").write_text(caption, encoding="utf-8")
+        if len(sample.images) != 1:
+            raise NotHeld(f"{len(sample.images)} pictures; it holds one with each text")
+        suffix, text = self._text(sample)
+        below = self._pictures.put(read_picture(sample.images[0]), own_name(sample.images[0]))
+        (self._folder / below).with_suffix(suffix).write_text(text, encoding="utf-8")
         self.report["samples"] += 1
 
     def __enter__(self) -> Self:
@@ -40,14 +42,15 @@ class ImageText:
         else:
             self._staged.abandon()
 
-    def _caption(self, sample: Sample) -> str:
+    def _text(self, sample: Sample) -> tuple[str, str]:
         roles = [message.role for message in sample.messages]
-        if len(sample.images) != 1 or roles != ["user", "assistant"]:
-            raise NotHeld(f"{len(sample.images)} picture(s) and {len(roles)} turns; it holds one picture, one caption")
-        asked = sample.messages[0].text.replace(IMAGE_MARK, "", 1).strip()
-        if asked and self._prompts == "use":
-            raise NotHeld(f"its question would be lost: {asked[:60]!r}; prompts = 'ignore' allows it")
-        return sample.messages[1].text
+        captioned = roles == ["user", "assistant"]
+        if captioned and (self._prompts == "ignore" or sample.messages[0].text == IMAGE_MARK):
+            return ".txt", sample.messages[1].text
+        if self._prompts == "ignore":
+            raise NotHeld(f"turns {', '.join(roles)}; a caption is one answer")
+        turns = [{"role": message.role, "content": message.text} for message in sample.messages]
+        return ".json", json.dumps({"id": sample.id, "messages": turns}, ensure_ascii=False)
 
 
 @register("image_text")
