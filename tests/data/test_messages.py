@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tracemalloc
 import uuid
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -248,6 +249,23 @@ def test_bytes_that_are_no_text_are_one_row(tmp_path):
         reader = read(write(tmp_path / name, pa.table({"caption": texts})))
         assert fault_of(reader, 1).code == "row_unreadable"
         assert reader[0].messages[-1].text == reader[2].messages[-1].text == "ok"
+
+
+def test_bytes_that_are_no_text_inside_of_turns_are_one_row(tmp_path):
+    rows = [{"messages": chat(f"q{i}", f"answer{i}"), "images": [png()]} for i in range(6)]
+    for name, how in (
+        ("t.parquet", {"use_dictionary": False, "compression": "none"}),
+        ("t.arrow", {}),
+        ("f.arrow", {"file": True}),
+    ):
+        path = write(tmp_path / name, rows, **how)
+        data = path.read_bytes()
+        assert b"answer4" in data
+        path.write_bytes(data.replace(b"answer4", b"answer\xff"))
+        reader = read(path)
+        assert fault_of(reader, 4).code == "row_unreadable"
+        assert [reader[i].messages[1].text for i in (0, 1, 2, 3, 5)] == [f"answer{i}" for i in (0, 1, 2, 3, 5)]
+        assert reader[5].images[0].data == png()
 
 
 LAYOUTS = {
@@ -501,3 +519,19 @@ def test_ids_and_memory_of_many_groups(tmp_path):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 2 << 20
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "datasets"
+
+
+@pytest.mark.parametrize(("name", "split"), [("saved", ""), ("dict", "train"), ("hub", "train")])
+def test_what_datasets_itself_wrote(name, split):
+    reader = read(GOLDEN / name, split=split)
+    assert len(reader) == 8
+    for row, sample in enumerate(reader[row] for row in range(8)):
+        mark = "<image>\n" if row % 3 else ""
+        assert (sample.id, [message.text for message in sample.messages]) == (f"r{row}", [f"{mark}q{row}", f"a{row}"])
+        assert [image_size(image) for image in sample.images] == [(20 + row, 10)] * bool(row % 3)
+        assert sample.notes == {"score": row / 2, "source": "x"}
+    if split:
+        assert [sample.id for sample in map(read(GOLDEN / name, split="test").__getitem__, range(2))] == ["r0", "r1"]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,8 +24,8 @@ _BUFFER = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """`rows` rows that take `bytes` bytes in memory (their needed columns alone, where the file tells). `start` and
-    `size` are where an arrow batch lies in the file."""
+    """`rows` rows that take `bytes` bytes in memory, all columns together. `start` and `size` are where an arrow batch
+    lies in the file."""
 
     rows: int
     bytes: int
@@ -37,7 +38,7 @@ class Shard(Protocol):
 
     schema: pa.Schema
 
-    def groups(self, columns: Sequence[str]) -> list[Group]: ...
+    def groups(self) -> list[Group]: ...
 
     def read(self, number: int, group: Group, columns: Sequence[str]) -> pa.Table: ...
 
@@ -77,16 +78,11 @@ class ParquetShard:
         self._file = pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False)
         self.schema = self._file.schema_arrow
 
-    def groups(self, columns: Sequence[str]) -> list[Group]:
+    def groups(self) -> list[Group]:
         about = self._file.metadata
-        leaves = [i for i in range(about.num_columns) if about.schema.column(i).path.split(".")[0] in columns]
-        found = []
-        try:
-            for number in range(about.num_row_groups):
-                group = about.row_group(number)
-                found.append(Group(group.num_rows, sum(group.column(i).total_uncompressed_size for i in leaves)))
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise torn(self.path, f"{type(error).__name__}: {error}") from None
+        # What the footer says of single columns is not asked: pyarrow ends the process over some spoiled ones.
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        found = [Group(group.num_rows, max(group.total_byte_size, 0)) for group in groups]
         if any(group.rows < 0 for group in found) or sum(group.rows for group in found) != about.num_rows:
             raise torn(self.path, f"its footer counts {about.num_rows} rows, its row groups others")
         return found
@@ -117,7 +113,7 @@ class ArrowShard:
         self.schema = pa.ipc.read_schema(pa.py_buffer(self._bytes(head.start, head.end - head.start)))
         self._dictionaries: list[_Message] | None = None
 
-    def groups(self, columns: Sequence[str]) -> list[Group]:
+    def groups(self) -> list[Group]:
         messages = list(self._messages(self._after_schema))
         return [Group(m.rows, m.end - m.start, m.start, m.end - m.start) for m in messages if m.kind == _BATCH]
 
@@ -190,9 +186,11 @@ def _message(metadata: bytes, start: int, body: int) -> _Message | None:
         kind, length = table.number(1, "<B"), table.number(3, "<q")
         header = table.table(2)
         rows = header.number(0, "<q") if kind == _BATCH else 0
-    except struct.error:
+        # Lengths below 0 pass pyarrow's reading, and end the process in its validation.
+        nodes = header.pairs(1) if kind == _BATCH else np.zeros((0, 2), np.int64)
+    except (struct.error, ValueError):
         return None
-    return _Message(kind, rows, start, body + length) if length >= 0 and rows >= 0 else None
+    return _Message(kind, rows, start, body + length) if min(length, rows, *nodes[:, 0].tolist()) >= 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +207,15 @@ class _Flat:
     def table(self, field: int) -> _Flat:
         place = self._place(field)
         return _Flat(self.data, place + struct.unpack_from("<I", self.data, place)[0])
+
+    def pairs(self, field: int) -> np.ndarray:
+        """int64 [n, 2]: a vector of structs of two 64-bit numbers (FieldNode: length, nulls). Or ValueError."""
+        place = self._place(field)
+        if not place:
+            return np.zeros((0, 2), np.int64)
+        place += struct.unpack_from("<I", self.data, place)[0]
+        count = struct.unpack_from("<I", self.data, place)[0]
+        return np.frombuffer(self.data, "<i8", 2 * count, place + 4).reshape(-1, 2)
 
     def _place(self, field: int) -> int:
         vtable = self.at - struct.unpack_from("<i", self.data, self.at)[0]

@@ -100,7 +100,6 @@ class Table:
         number = place - int(self._first[shard])
         try:
             piece = self._piece(self.paths[shard], number, Group(rows, size, start, length), within)
-            piece.validate(full=True)  # else bytes that are wrong in the file end the process
             return {name: piece.column(name)[0].as_py() for name in self.columns}
         except (pa.ArrowException, OSError, ValueError, KeyError, RecursionError) as error:
             if isinstance(error, UnpackError):
@@ -131,8 +130,11 @@ class Table:
     def _piece(self, path: str, number: int, group: Group, within: int) -> pa.Table:
         shard = _opened.get((self._key, path), lambda: open_shard(path))
         if isinstance(shard, ArrowShard):
-            batch = _decoded.get((self._key, path, number), lambda: shard.read(number, group, self.columns), group.size)
-            return batch.slice(within, 1)
+            batch, sound = _decoded.get(
+                (self._key, path, number), lambda: _checked(shard.read(number, group, self.columns)), group.size
+            )
+            piece = batch.slice(within, 1)
+            return piece if sound else sound_row(piece)
         unpack = group.bytes > LARGE if self.unpack is None else self.unpack
         if unpack and self.cache:
             return self._unpacked(path, number, group).row(within)
@@ -201,7 +203,7 @@ class Table:
                     "of a source have one schema: write this shard again with that type (pyarrow: "
                     "table.cast(schema of the first shard)), or make it a source of its own."
                 )
-        return shard.groups(self.columns)
+        return shard.groups()
 
 
 class UnpackError(ValueError):
@@ -238,13 +240,46 @@ class _Unpacked:
     def __init__(self, path: str, columns: Sequence[str]):
         self._shard = ArrowShard(path)
         self._columns = columns
-        self._groups = self._shard.groups(columns)
+        self._groups = self._shard.groups()
         self._ends = np.cumsum([group.rows for group in self._groups])
 
     def row(self, within: int) -> pa.Table:
         number = int(np.searchsorted(self._ends, within, "right"))
         group = self._groups[number]
         return self._shard.read(number, group, self._columns).slice(within - int(self._ends[number]) + group.rows, 1)
+
+
+def _checked(batch: pa.Table) -> tuple[pa.Table, bool]:
+    """The batch, and whether all of it is sound. Mapped bytes are taken as they are: offsets that are wrong in the file
+    would end the process. Parquet is decoded, which finds them."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException:
+        return batch, False
+    return batch, True
+
+
+def sound_row(row: pa.Table) -> pa.Table:
+    """A row of a batch that is not sound, if the row is. Raises pa.ArrowException or ValueError."""
+    for column in row.columns:
+        for chunk in column.chunks:
+            _check(chunk)
+    return row
+
+
+def _check(array: pa.Array) -> None:
+    """As a full validation, yet of this slice alone: pyarrow's own goes through all that a slice of a list lies in."""
+    kind = array.type
+    if isinstance(array, pa.ListArray | pa.LargeListArray):
+        offsets, values = array.offsets.to_numpy(), array.values
+        if (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(values):
+            raise ValueError(f"a list whose items lie at {offsets[0]} to {offsets[-1]} of {len(values)}")
+        _check(values.slice(offsets[0], offsets[-1] - offsets[0]))
+    elif isinstance(array, pa.StructArray):
+        for number in range(kind.num_fields):
+            _check(array.field(number))
+    else:
+        array.validate(full=True)
 
 
 def same_type(one: pa.DataType, other: pa.DataType) -> bool:
