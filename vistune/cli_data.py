@@ -173,6 +173,10 @@ def prepare(
     listing: Annotated[bool, typer.Option("--list", help="Print the links and stop.")] = False,
     rename: Annotated[bool, typer.Option(help="Give pictures the names the JSON uses (journalled).")] = False,
     undo: Annotated[bool, typer.Option("--undo-rename", help="Take every renaming back.")] = False,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part, such as coco; may be repeated.")] = None,
+    decode: Annotated[bool, typer.Option(help="Look at every pixel at the end, not at headers alone.")] = False,
+    keep: Annotated[bool, typer.Option(help="Keep the archives after unpacking.")] = False,
+    retry_dead: Annotated[bool, typer.Option(help="Ask links again that were found dead.")] = False,
     workers: Workers = 8,
     json: Json = False,
 ) -> None:
@@ -181,7 +185,19 @@ def prepare(
 
     if json:
         console.only_json()
-    report = room.prepare(name, root, source=source, listing=listing, rename=rename, undo=undo, workers=workers)
+    report = room.prepare(
+        name,
+        root,
+        source=source,
+        listing=listing,
+        rename=rename,
+        undo=undo,
+        only=part or (),
+        decode=decode,
+        keep=keep,
+        retry_dead=retry_dead,
+        workers=workers,
+    )
     if json:
         console.print_json(report.as_dict())
     else:
@@ -200,6 +216,8 @@ def generate(
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     boxes: Annotated[Path | None, typer.Option(help="COCO's instance annotations, beside its captions.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Folder with prompts of your own.")] = None,
+    folder: Annotated[str, typer.Option(help="Put before the pictures' paths, such as coco/train2017.")] = "",
+    option: Annotated[list[str] | None, typer.Option(help="Into each request, such as temperature=0.2.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many pictures; 0: all.")] = 0,
     dry_run: Annotated[bool, typer.Option(help="Print one prompt and the number of tokens, ask nothing.")] = False,
     workers: Workers = 4,
@@ -219,6 +237,8 @@ def generate(
         out=out,
         boxes=boxes,
         prompts=prompts,
+        folder=folder,
+        options=room.read_options(option or []),
         limit=limit,
         dry_run=dry_run,
         workers=workers,

@@ -169,6 +169,18 @@ def test_a_torn_member_is_named_and_nothing_is_in_place(server, tmp_path):
     assert table(prepare("tiny", tmp_path, patience=SOON, only=["coco"]))["coco/train2017"] == (5, 4, 4, 0, 0)
 
 
+def test_an_archive_of_something_else_is_said_once_and_not_fetched_again(server, tmp_path):
+    server.pages["/gqa/images.zip"] = Page(body=packed({"images/77.jpg": picture(77)}))
+    report = prepare("tiny", tmp_path, patience=SOON, only=["gqa"])
+    assert report.failures == [("gqa", "it came, and has none of the 2 pictures that are missing")]
+    server.asked.clear()
+    assert table(prepare("tiny", tmp_path, patience=SOON, only=["gqa"]))["gqa/images"] == (2, 2, 0, 2, 0)
+    assert not server.asked
+    server.pages["/vg/images.zip"] = Page(body=packed({}))
+    report = prepare("tiny", tmp_path, patience=SOON, only=["vg"])
+    assert "without a file in it" in dict(report.failures)["vg"]
+
+
 def test_archives_carried_in_on_a_disk(server, tmp_path):
     """Told by what is in them, whatever they are called; the net is not asked and the disk is left as it was."""
     disk = tmp_path / "disk"
@@ -300,7 +312,7 @@ def test_links_and_names(monkeypatch, capsys):
     links = {part["name"]: part["link"] for part in report.parts}
     assert links["coco"] == "http://images.cocodataset.org/zips/train2017.zip"
     assert links["rows"].startswith(f"{HUB}/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/")
-    assert "ocr_vqa_zip" not in links
+    assert {part["name"] for part in report.parts if part["comes"] == "when named"} == {"ocr_vqa_zip"}
     report.show()
     out = capsys.readouterr().out
     assert "curl -L -C - --retry 9 -o gqa_images.zip" in out and "  out=vg_images2.zip" in out

@@ -127,6 +127,18 @@ def test_what_the_teacher_is_told(fake, captions, tmp_path):
     assert fake.keys == {""}
 
 
+def test_options_from_words():
+    words = ["temperature=0.2", "max_tokens=null", "reasoning_effort=low", 'stop=["x=y"]']
+    assert room.read_options(words) == {
+        "temperature": 0.2,
+        "max_tokens": None,
+        "reasoning_effort": "low",
+        "stop": ["x=y"],
+    }
+    with pytest.raises(ValueError, match="expected NAME=VALUE"):
+        room.read_options(["temperature"])
+
+
 def test_the_key_goes_in_the_header_and_nowhere_else(fake, captions, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "s3cret")
     fake.answers["1"] = [(400, {}, b"too long")]

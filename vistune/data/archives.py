@@ -42,6 +42,11 @@ class Part:
         return mirror + self.address.removeprefix(HUB) if mirror and self.address.startswith(HUB) else self.address
 
     @property
+    def place(self) -> str:
+        """What it becomes, below the root: a file for rows, else a folder."""
+        return f"{self.folder}/{self.file}".lstrip("/") if self.kind == "rows" else f"{self.folder}/"
+
+    @property
     def on_hub(self) -> bool:
         return self.address.startswith(HUB)
 
@@ -69,8 +74,7 @@ class DataSet:
     @property
     def rows_file(self) -> str:
         """The JSON, below the root."""
-        part = next(part for part in self.parts if part.kind == "rows")
-        return f"{part.folder}/{part.file}".lstrip("/")
+        return next(part.place for part in self.parts if part.kind == "rows")
 
     def chosen(self, only: tuple[str, ...]) -> Iterator[Part]:
         """Parts by name, or those that are brought without being named. Raises ValueError for an unknown name."""

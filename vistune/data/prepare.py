@@ -55,16 +55,17 @@ class Report:
 
     def show(self) -> None:
         if self.links:
-            rows = [(part["name"], part["size"], part["folder"], part["link"]) for part in self.parts]
-            console.table(f"{self.name} below {self.root}", ("part", "size", "goes to", "from"), rows)
+            rows = [[part[key] for key in ("name", "size", "goes_to", "file", "comes")] for part in self.parts]
+            columns = ("part", "size", "goes to", "file", "comes")
+            console.table(f"{self.name} below {self.root}", columns, rows)
             for line in self.links:
                 console.say(line)
         if self.folders:
-            columns = ("folder", "rows", "wanted", "present", "missing", "broken")
+            counts = ("folder", "rows", "wanted", "present", "missing", "broken")
             cells = [[f"{v:,}" if isinstance(v, int) else v for v in folder.values()] for folder in self.folders]
             if self.text_rows:
                 cells.append(["(text only)", f"{self.text_rows:,}", "", "", "", ""])
-            console.table(f"{self.name} below {self.root}: {self.rows:,} rows", columns, cells)
+            console.table(f"{self.name} below {self.root}: {self.rows:,} rows", counts, cells)
         for note in self.notes:
             console.say(note)
         for part, reason in self.failures:
@@ -98,7 +99,7 @@ def prepare(
     parts = list(data.chosen(tuple(only)))
     report = Report(name=name, root=str(root))
     if listing:
-        return _listed(report, parts)
+        return _listed(report, parts if only else list(data.parts))
     if source is not None and not source.is_dir():
         raise ValueError(f"--from {source}: no such folder")
     work = root / ".prepare"
@@ -262,9 +263,13 @@ class _Job:
                     self._fail(part, self._why(part, result))
                     continue
                 done.append(part)
+                before = len(self._missing_in(part))
                 self.look()
                 if part.kind == "archive":
-                    self.ledger.note(part.name, result, len(self._missing_in(part)))
+                    missing = len(self._missing_in(part))
+                    self.ledger.note(part.name, result, missing)
+                    if before and missing == before:
+                        self._fail(part, f"it came, and has none of the {missing:,} pictures that are missing")
         return done
 
     def _why(self, part: Part, error: Exception) -> str:
@@ -298,7 +303,8 @@ class _Job:
 def _listed(report: Report, parts: list[Part]) -> Report:
     report.parts = [
         {"name": part.name, "link": part.link, "size": part.size_text, "bytes": part.size, "sha256": part.sha256}
-        | {"file": part.file, "folder": part.folder, "kind": part.kind, "page": part.where}
+        | {"file": part.file, "goes_to": part.place, "kind": part.kind, "page": part.where}
+        | {"comes": "by default" if part.by_default else "when named"}
         for part in parts
     ]
     report.links = archives.links(parts)

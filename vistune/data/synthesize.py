@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,6 +99,23 @@ def read_prompts(kind: Kind, folder: Path | None = None) -> Prompts:
         shots=tuple((_text(known), _text(written)) for known, written in shots),
         instructions=tuple(line.strip() for line in lines.splitlines() if line.strip()),
     )
+
+
+def read_options(words: Sequence[str]) -> dict[str, Any]:
+    """`temperature=0.2` -> {"temperature": 0.2}; a value that is no JSON is text, `null` leaves an option out.
+
+    Raises ValueError for a word without `=`.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"option {word!r}: expected NAME=VALUE, such as temperature=0.2")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def synthesize(

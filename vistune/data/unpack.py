@@ -58,6 +58,8 @@ def unpack(archive: Path, to: Path, heard: Callable[[int], None] = lambda done: 
     Raises ValueError (archive, member) for what is torn; OSError for the disk; Stopped.
     """
     wanted = members(archive, to.as_posix())
+    if not wanted:
+        raise ValueError(f"{archive}: a zip archive without a file in it")
     beside = to.with_name(f".{to.name}.unpacking")
     missing = {path: entry for path, entry in wanted.items() if _size(to / path) != entry.file_size}
     _check_room(archive, to, sum(entry.file_size for entry in missing.values()))
