@@ -60,7 +60,7 @@ def test_five_hundred_through_the_check(tmp_path):
 
 def test_another_draw_in_a_list_and_its_corrected_copy(tmp_path):
     """The rows that are JSON at all, as a list; what --fix makes of them has no error left."""
-    made = mutated(tmp_path, 130, seed=1)
+    made = mutated(tmp_path, 140, seed=1)
     kept, rows = [], []
     for line, fate in zip(made.path.read_bytes().split(b"\n"), made.rows, strict=False):
         try:
