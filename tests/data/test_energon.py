@@ -380,6 +380,7 @@ splits:
   train:
     blend:
       - {weight: 3, path: ./mixqa, subset: {range: [2, 10]}}
+      - {weight: 0, path: never}
       - {weight: 1, path: more/inner.yaml, subset: {range: [50%, 100%]}, split_part: train}
   val: {path: ./mixqa, split_part: val}
   twice:
@@ -441,6 +442,7 @@ def test_a_blend_opened_as_one_is_its_datasets_in_a_row(blend):
         ("{blend: [{weight: -1, path: a}]}", "weight -1 is no number"),
         ("{blend: [{weight: 0, path: a}]}", "all 0"),
         ("{blend: []}", "a blend is a list"),
+        ("{blend_epochized: [{repetitions: 0, path: a}]}", "repeats nothing"),
         ("{blend: [{weight: 1}]}", "none of path"),
         ("{path: a, subset: {range: [1, 2%]}}", "subset: range"),
         ("{blend: [{path: a}], subset: {range: [1, 2]}}", "use percent"),

@@ -91,10 +91,13 @@ def is_metadataset(path: str) -> bool:
 def expand(path: str, split: str = "train") -> list[Part]:
     """The datasets that the blend file `path` names for `split`, blends in blends laid flat.
 
-    Relative paths are relative to the file that names them. Raises ValueError for a file that is no blend, a split it
+    Relative paths are relative to the file that names them; what weighs or repeats 0 is left out. Raises ValueError for a file that is no blend, a split it
     does not have, a blend that contains itself, or what only code can do (`join`).
     """
-    return list(_file(path, split, ()))
+    parts = list(_file(path, split, ()))
+    if not parts:
+        raise ValueError(f"{path}: the blend of {split!r} repeats nothing")
+    return parts
 
 
 def _file(path: str, split: str, above: tuple[str, ...]) -> Iterator[Part]:
@@ -155,6 +158,8 @@ def _weighted(path: str, entries: Any, split: str, above: tuple[str, ...]) -> It
     if not sum(weights):
         raise ValueError(f"{path}: the weights of a blend are all 0")
     for entry, weight in zip(entries, weights, strict=True):
+        if not weight:
+            continue  # never drawn from
         for part in _node(path, entry, split, above):
             if part.repetitions is not None:
                 raise ValueError(f"{path}: blend has a blend_epochized in it; they cannot be mixed")
@@ -164,6 +169,8 @@ def _weighted(path: str, entries: Any, split: str, above: tuple[str, ...]) -> It
 def _repeated(path: str, entries: Any, split: str, above: tuple[str, ...]) -> Iterator[Part]:
     for entry in _entries(path, entries):
         repetitions = _number(path, entry, "repetitions")
+        if not repetitions:
+            continue
         for part in _node(path, entry, split, above):
             if part.weight is not None:
                 raise ValueError(f"{path}: blend_epochized has a blend in it; they cannot be mixed")
