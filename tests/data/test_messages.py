@@ -21,6 +21,7 @@ from conftest import turns
 
 from vistune.data import tables
 from vistune.data.formats import open_source
+from vistune.data.index import build_index
 from vistune.data.tokenize import check_marks
 from vistune.images import image_size
 from vistune.samples import Image, Message, SampleError
@@ -535,3 +536,16 @@ def test_what_datasets_itself_wrote(name, split):
         assert sample.notes == {"score": row / 2, "source": "x"}
     if split:
         assert [sample.id for sample in map(read(GOLDEN / name, split="test").__getitem__, range(2))] == ["r0", "r1"]
+
+
+def test_workers_that_were_forked_read_what_the_parent_read(tmp_path, language):
+    folder = tmp_path / "shards"
+    for shard in range(2):
+        write(folder / f"{shard}.parquet", numbered(6, 6 * shard), row_group_size=4)
+        write(tmp_path / "arrow" / f"{shard}.arrow", numbered(6, 6 * shard))
+    remote = f"memory://{uuid.uuid4()}"
+    fsspec.filesystem("memory").put(str(folder), remote, recursive=True)
+    readers = [read(folder), read(tmp_path / "arrow"), read(remote, cache=tmp_path / "cache")]
+    assert {reader[11].id for reader in readers} == {"r11"}
+    alone, shared = (build_index(readers, language, 64, workers=workers) for workers in (0, 2))
+    assert alone.hash == shared.hash and not shared.faults and len(shared) == 36
