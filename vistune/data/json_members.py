@@ -155,8 +155,7 @@ class Rows:
 
     def __getitem__(self, number: int) -> tuple[str, Any]:
         """(key, value) of a member of an object, ("", value) of an element of a list. Raises RowError."""
-        start, end = (int(byte) for byte in self._spans[number])
-        return self._read(start, end)
+        return self._read(*self._spans[number].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "_spans": None if self._kept else self._spans}
@@ -207,6 +206,7 @@ class Lookup:
 
     def __init__(self, path: str, place: Sequence[str], key: str, cache: Path | None):
         self.rows, self.key = Rows(path, place, cache), key
+        self._last: tuple[str, dict[str, Any]] | None = None  # neighbours often ask for the same row
         self._kept = cache / f"lookup-{digest(self.rows.facts, place, key)}.npy" if cache else None
         self._table = kept(self._kept, self._index)
 
@@ -216,6 +216,11 @@ class Lookup:
 
     def get(self, value: Any) -> dict[str, Any]:
         """The row whose key has this value. Raises RowError when there is none."""
+        if self._last is None or self._last[0] != str(value):
+            self._last = str(value), self._found(value)
+        return self._last[1]
+
+    def _found(self, value: Any) -> dict[str, Any]:
         wanted = hash64(str(value))
         at = int(np.searchsorted(self._table["hash"], np.uint64(wanted)))
         while at < len(self._table) and int(self._table["hash"][at]) == wanted:
@@ -272,4 +277,9 @@ def kept(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
         beside = file.with_suffix(f".{os.getpid()}.npy")
         np.save(beside, made)
         os.replace(beside, file)
-    return np.load(file, mmap_mode="r")
+    return mapped(file)
+
+
+def mapped(file: Path) -> np.ndarray:
+    """The column in `file`, mapped. A plain array over the map: `memmap` itself costs microseconds at every access."""
+    return np.load(file, mmap_mode="r").view(np.ndarray)

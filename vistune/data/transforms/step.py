@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 
 from vistune import console
 from vistune.data.formats import Reader
+from vistune.data.json_members import mapped
 from vistune.data.transforms.scan import Scan
 from vistune.recipe import Section
 from vistune.samples import Fault, FaultCode, Sample, SampleError
@@ -170,7 +171,7 @@ def _read(folder: Path) -> Table | None:
     if not meta["table"]:
         return None
     columns = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r") if (folder / f"{name}.npy").exists() else None
+        name: mapped(folder / f"{name}.npy") if (folder / f"{name}.npy").exists() else None
         for name in ("parents", "starts", "parts")
     }
     assert columns["parents"] is not None
