@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vistune import console, inputs, ranks
 from vistune.data.batch import Batch, Item, Planned, collate, read_item
-from vistune.data.plan import Pack, Plan
+from vistune.data.plan import Plan
 from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe
@@ -85,7 +85,7 @@ def show(result: dict[str, Any]) -> None:
     console.table("packed against unpacked, and ranks", ("what", "value"), rows)
     if result["crossing_difference"] <= 2 * result["loss_tolerance"]:
         console.warn("this model hardly notices its neighbours in a pack: the losses alone would not tell")
-    if not result["steps"] == result["steps_equal"]:
+    if result["steps"] != result["steps_equal"]:
         console.say("NO: the steps depend on the number of ranks")
     verdict = "packing changes nothing" if result["ok"] else "NO: what is computed depends on packing or on ranks"
     console.say(verdict)
