@@ -373,6 +373,45 @@ def test_a_dataset_afar_reads_like_one_here(mixqa):
     assert opened("memory://far")[0].id == "pretrain-0.tar/image_0"
 
 
+@pytest.mark.parametrize("name", ["packed", "mixqa"])
+def test_mutated_shards_are_faults_or_errors_that_name_them(tmp_path, name):
+    """120 mutations of each dataset: bytes changed, pieces cut out or doubled, in the tar, its index, its metadata."""
+    rng = np.random.default_rng(15)
+    seen = {"error": 0, "fault": 0, "fine": 0}
+    targets = ["*0.tar", "*0.tar", "*0.tar.idx", ".nv-meta/*.yaml", ".nv-meta/.info.yaml"]
+    for number in range(120):
+        folder = tmp_path / str(number)
+        shutil.copytree(GOLDEN / name, folder)
+        paths = sorted(folder.glob(targets[number % len(targets)]))
+        path = paths[int(rng.integers(len(paths)))]
+        data = bytearray(path.read_bytes())
+        at, end = sorted(rng.integers(0, len(data), 2).tolist())
+        if number % 3 == 0:
+            data[at] ^= int(rng.integers(1, 256))
+        elif number % 3 == 1:
+            del data[at:end]
+        else:
+            data[at:at] = data[at:end]
+        if ".idx" not in path.name and number % 2:
+            for index in folder.glob("*.idx"):
+                index.unlink()
+        path.write_bytes(data)
+        outcome = "fine"
+        try:
+            reader = opened(folder)
+            for row in range(len(reader)):
+                try:
+                    assert reader[row].messages
+                except SampleError as error:
+                    outcome = "fault"
+                    assert error.fault.row == row
+        except ValueError as error:
+            outcome = "error"
+            assert str(folder) in str(error) or "samples in its" in str(error)
+        seen[outcome] += 1
+    assert seen["error"] > 20 and seen["fine"] > 5 and sum(seen.values()) == 120
+
+
 BLEND = """
 __module__: megatron.energon
 __class__: MetadatasetV2

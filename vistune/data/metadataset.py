@@ -91,8 +91,9 @@ def is_metadataset(path: str) -> bool:
 def expand(path: str, split: str = "train") -> list[Part]:
     """The datasets that the blend file `path` names for `split`, blends in blends laid flat.
 
-    Relative paths are relative to the file that names them; what weighs or repeats 0 is left out. Raises ValueError for a file that is no blend, a split it
-    does not have, a blend that contains itself, or what only code can do (`join`).
+    Relative paths are relative to the file that names them; what weighs or repeats 0 is left out. Raises ValueError
+    for a file that is no blend, a split it does not have, a blend that contains itself, or what only code can do
+    (`join`).
     """
     parts = list(_file(path, split, ()))
     if not parts:
