@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
@@ -197,26 +197,28 @@ def _said(error: SampleError) -> str:
 def _shown_tokens(tokens: Tokens, encoder: TextEncoder) -> Iterator[Piece]:
     """Every token with its text; a picture's placeholders are one piece."""
     ids = tokens.ids.tolist()
-    images = dict(tokens.images)
-    at = run = 0
-    while at < len(ids):
-        if at in images:
-            yield Piece(kind="image", text=IMAGE_MARK, id=ids[at], place=at, count=images[at])
-            at = run = at + images[at]
+    at = 0
+    for start, count in [*tokens.images, (len(ids), 0)]:
+        for place, text in enumerate(_texts(ids[at:start], encoder), at):
+            yield Piece(kind="supervised" if tokens.loss_mask[place] else "text", text=text, id=ids[place], place=place)
+        if count:
+            yield Piece(kind="image", text=IMAGE_MARK, id=ids[start], place=start, count=count)
+        at = start + count
+
+
+def _texts(ids: list[int], encoder: TextEncoder) -> Iterator[str]:
+    """What each token adds to the text. A token that is only part of a character adds none; the last part has it all.
+
+    A token alone may lose its space, so each is decoded together with those that made the piece of text before it.
+    """
+    before = read = 0
+    for at in range(len(ids)):
+        known, text = encoder.decode(ids[before:read]), encoder.decode(ids[before : at + 1])
+        if text.endswith("\ufffd"):
+            yield ""
             continue
-        kind = "supervised" if tokens.loss_mask[at] else "text"
-        yield Piece(kind=kind, text=_text_of(ids, run, at, encoder), id=ids[at], place=at)
-        at += 1
-
-
-def _text_of(ids: list[int], run: int, at: int, encoder: TextEncoder) -> str:
-    """What token `at` adds to the text of those shortly before it, since a token alone may lose its space. A token
-    that is only part of a character has none; the last part has the character."""
-    before, after = (encoder.decode(ids[max(run, at - 6) : end]) for end in (at, at + 1))
-    if after.endswith("\ufffd"):
-        return ""
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
-    return after[same:]
+        yield text[len(known) :]
+        before, read = read, at + 1
 
 
 def _supervised(tokens: Tokens, encoder: TextEncoder) -> list[str]:
