@@ -237,7 +237,7 @@ def kept_index(folder, lengths, images=None, length=0):
     for name, column in made.columns.items():
         np.save(folder / f"{name}.npy", column)
     (folder / "faults.jsonl").touch()
-    (folder / "meta.json").write_text(json.dumps({"format": 1, "hash": made.hash, "length": made.length}))
+    (folder / "meta.json").write_text(json.dumps({"hash": made.hash, "length": made.length, "faults": 0}))
     return open_index(folder)
 
 
