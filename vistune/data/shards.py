@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,16 +31,6 @@ class Group:
     bytes: int
     start: int = 0
     size: int = 0
-
-
-class Shard(Protocol):
-    """An open shard."""
-
-    schema: pa.Schema
-
-    def groups(self) -> list[Group]: ...
-
-    def read(self, number: int, group: Group, columns: Sequence[str]) -> pa.Table: ...
 
 
 def open_shard(path: str) -> ParquetShard | ArrowShard:
