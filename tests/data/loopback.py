@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         page = self.told.pages.get(self.path)
-        self.send_response(200 if page else 404)
+        self.send_response(404 if page is None else 302 if "Location" in page.headers else 200)
         for name, value in (page.headers if page else {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", "0")
@@ -120,12 +120,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is what some tests are about."""
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """Up inside the block, ended with it."""
     told = Server()
     handler = type("Told", (Handler,), {"told": told})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Quiet(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -201,6 +202,16 @@ def test_stopping_keeps_what_came(server, tmp_path):
     thread.join(5)
     assert caught and not thread.is_alive()
     assert (tmp_path / "f.part").read_bytes() == BODY[:60_000]
+
+
+def test_a_full_disk_is_not_the_servers_fault(server, tmp_path, monkeypatch):
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module._Transfer, "_receive", full)
+    with pytest.raises(OSError, match="No space left"):
+        fetch(server, Page(body=BODY), tmp_path / "f")
+    assert server.asked["/file"] == 1
 
 
 def test_retry_after():

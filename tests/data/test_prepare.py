@@ -158,6 +158,23 @@ def test_what_does_not_come_is_named_and_the_rest_comes(server, tmp_path):
     assert set(server.asked) == {"/gqa/images.zip", "/vg/images.zip", "/books/111.jpg", "/books/555.jpg"}
 
 
+def test_the_hub_tells_size_and_sum_before_it_points_elsewhere(server, tmp_path):
+    page = server.pages["/datasets/some/rows.json"]
+    page.headers |= {"Location": "http://127.0.0.1:9/store"}  # where nobody may be asked by HEAD
+    assert prepare("tiny", tmp_path / "a", patience=SOON, only=["coco"]).rows == 15
+    page.headers |= {"X-Linked-ETag": f'"{"0" * 64}"'}
+    report = prepare("tiny", tmp_path / "b", patience=SOON, only=["coco"])
+    assert "its SHA-256 is" in dict(report.failures)["rows"]
+    assert "without the JSON nothing can be counted" in report.notes and not report.ok
+    assert (tmp_path / "b/coco/train2017/0.jpg").exists()  # the others come all the same
+
+
+def test_a_list_of_links_that_does_not_come_says_what_to_do(server, tmp_path):
+    server.pages["/dataset.json"] = Page(body=b"<html>Really?</html>", kind="text/html")
+    reason = dict(prepare("tiny", tmp_path, patience=SOON, only=["ocr_vqa"]).failures)["ocr_vqa"]
+    assert "a web page came" in reason and f"save it as {tmp_path}/ocr_vqa/dataset.json" in reason
+
+
 def test_a_torn_member_is_named_and_nothing_is_in_place(server, tmp_path):
     data = bytearray(packed(COCO))
     data[data.index(COCO["train2017/2.jpg"]) + 700] ^= 255
@@ -205,8 +222,10 @@ def test_a_disk_that_lacks_some(server, tmp_path):
     (disk / "images.zip").write_bytes(packed(GQA))
     report = prepare("tiny", tmp_path / "data", source=disk, patience=SOON)
     reasons = dict(report.failures)
-    assert set(reasons) == {"coco", "vg", "ocr_vqa"} and "none of its 1 zip archives holds vg/VG_100K" in reasons["vg"]
+    assert set(reasons) == {"coco", "vg"} and "none of its 1 zip archives holds vg/VG_100K" in reasons["vg"]
     assert table(report)["gqa/images"] == (2, 2, 2, 0, 0) and not server.asked
+    assert "ocr_vqa: 5 more come by their links, which are not asked with --from" in report.notes
+    assert not report.complete  # eleven rows of fifteen have no picture
     with pytest.raises(ValueError, match="no such folder"):
         prepare("tiny", tmp_path / "data", source=tmp_path / "nowhere")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 HUB = "https://huggingface.co"
@@ -45,6 +46,11 @@ class Part:
     def place(self) -> str:
         """What it becomes, below the root: a file for rows, else a folder."""
         return f"{self.folder}/{self.file}".lstrip("/") if self.kind == "rows" else f"{self.folder}/"
+
+    def home(self, root: Path) -> Path:
+        """Where a part that is no archive lies as a file."""
+        folder = root / self.folder
+        return (folder.parent if self.kind == "covers" else folder) / self.file
 
     @property
     def on_hub(self) -> bool:

@@ -46,8 +46,7 @@ def bring(part: Part, way: Way, wanted: Collection[str]) -> int:
     Raises ValueError (DownloadError among them) that names the archive or address; OSError for the disk; Stopped.
     """
     if part.kind != "archive":
-        to = _home(part, way.root)
-        _file(part, way, to)
+        _file(part, way, part.home(way.root))
         return 1
     to = way.root / part.folder
     if way.source is not None:
@@ -114,12 +113,6 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *asked: Any) -> None:
         return None
-
-
-def _home(part: Part, root: Path) -> Path:
-    """Where a file that is no archive lies."""
-    folder = Path(part.folder)
-    return root / (folder.parent if part.kind == "covers" else folder) / part.file
 
 
 def _file(part: Part, way: Way, to: Path) -> None:

@@ -184,7 +184,8 @@ class _Job:
             if part.kind != "covers" or not keys:
                 continue
             if self.source is not None:
-                self._fail(part, f"{len(keys):,} pictures come by their links, which --from does not ask")
+                said = "more come by their links, which are not asked with --from"
+                self.report.notes.append(f"{part.name}: {len(keys):,} {said}")
                 continue
             self._covers(part, keys, workers, retry_dead)
 
@@ -221,7 +222,7 @@ class _Job:
             notes.append(f"{self.report.renamed:,} pictures were renamed; --undo-rename takes it back: {self.journal}")
 
     def _covers(self, part: Part, keys: set[str], workers: int, retry_dead: bool) -> None:
-        file = self.root / Path(part.folder).parent / part.file
+        file = part.home(self.root)
         dead = file.with_name("dead_links.jsonl")
         if not file.exists() and not self._bring([part]):
             return
@@ -273,9 +274,12 @@ class _Job:
         return done
 
     def _why(self, part: Part, error: Exception) -> str:
-        by_hand = f"; by hand from {part.where}" if part.where else ""
-        hint = f". Fetch it otherwise{by_hand}, save it as {part.file} and give its folder with --from"
-        return f"{error}{hint}" if isinstance(error, DownloadError) else str(error)
+        """The reason, and after a failed download what a person can do."""
+        if not isinstance(error, DownloadError):
+            return str(error)
+        if part.kind == "covers":
+            return f"{error}. Fetch it with a browser from {part.where or part.link}, save it as {part.home(self.root)}"
+        return f"{error}. Fetch it otherwise, save it as {part.file} and give its folder with --from"
 
     def _fail(self, part: Part, reason: str) -> None:
         if part.by_default or self.source is None:
