@@ -168,14 +168,15 @@ def test_an_image_is_never_cut(language):
 @given(
     rounds=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 25), st.integers(0, 2)), min_size=1, max_size=5),
     length=st.integers(1, 250),
+    chosen=st.sampled_from([("llama_like", "v1"), ("qwen2_like", "qwen2-vl"), ("qwen2_like", "qwen2-vl-turns")]),
 )
-def test_what_is_kept_is_a_beginning_with_whole_images(rounds, length):
-    """Template v1 renders each round after the ones before it, so shortening must give a beginning of the whole."""
+def test_what_is_kept_is_a_beginning_with_whole_images(rounds, length, chosen):
+    """These templates render each round after the ones before it, so shortening must give a beginning of the whole."""
     texts = [t for asked, said, n in rounds for t in ("<image>" * n + "why " * asked, "so " * said + "end")]
     full = sample(*texts, images=sum(n for _, _, n in rounds))
-    whole = tokenize(full, make_language(), 100_000)
+    whole = tokenize(full, make_language(*chosen), 100_000)
     try:
-        tokens = tokenize(full, make_language(), length)
+        tokens = tokenize(full, make_language(*chosen), length)
     except SampleError as error:
         first_image = sum(whole.images[rounds[0][2] - 1]) if rounds[0][2] else 0
         first_answer = int(np.argmax(whole.loss_mask))
@@ -188,6 +189,37 @@ def test_what_is_kept_is_a_beginning_with_whole_images(rounds, length):
     assert tokens.images == whole.images[: len(tokens.images)]
     assert (tokens.ids == IMAGE_TOKEN).sum() == 4 * len(tokens.images)
     assert tokens.supervised > 0 and tokens.shortened == (len(whole.ids) > length)
+
+
+def test_pictures_in_answers_count_where_the_template_has_them():
+    texts = ("Draw <image>", "this: <image> and <image> done", "More", "<image>")
+    for name in ("qwen2-vl", "qwen2-vl-turns"):
+        language = make_language("qwen2_like", name)
+        tokens = tokenize(sample(*texts, images=4), language, 500)
+        assert len(tokens.images) == 4 and not tokens.loss_mask[tokens.ids == IMAGE_TOKEN].any()
+        learned = language.encoder.decode(tokens.ids[tokens.loss_mask].tolist())
+        assert learned == "this:  and  done<|im_end|><|im_end|>"
+        for images, code in ((3, "mark_without_image"), (5, "image_without_mark")):
+            with pytest.raises(SampleError) as error:
+                tokenize(sample(*texts, images=images), language, 500)
+            assert code_of(error) == code
+        # The answer would be cut in its second picture.
+        with pytest.raises(SampleError) as error:
+            tokenize(sample(*texts, images=4), language, sum(tokens.images[2]) - 1)
+        assert code_of(error) == "image_does_not_fit"
+        assert len(tokenize(sample(*texts, images=4), language, sum(tokens.images[2]) + 1).images) == 3
+    with pytest.raises(SampleError) as error:
+        tokenize(sample("Draw", "<image>", images=1), make_language("qwen2_like", "qwen_2"), 500)
+    assert code_of(error) == "image_without_mark"
+
+
+def test_an_empty_answer_is_when_to_stop():
+    language = make_language("qwen2_like", "qwen2-vl")
+    tokens = tokenize(sample("Anything to add?", ""), language, 500)
+    assert language.encoder.decode(tokens.ids[tokens.loss_mask].tolist()) == "<|im_end|>"
+    with pytest.raises(SampleError) as error:
+        tokenize(sample("Anything to add?", ""), make_language("qwen2_like", "qwen_2"), 500)
+    assert code_of(error) == "empty_answer"
 
 
 def test_rows_of_a_file_keep_their_turns(write_rows, language):
