@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistune.data.tokenize import check_marks, tokenize
-from vistune.data.transforms import TRANSFORMS, apply, register
-from vistune.data.transforms.choose import DROPS
+from vistune.data.transforms import TRANSFORMS, apply, build, register
+from vistune.data.transforms.choose import DROPS, Reason
 from vistune.data.transforms.step import Step
 from vistune.data.transforms.texts import INSTRUCTIONS
 from vistune.samples import Fault, Image, Message, Sample, SampleError
@@ -390,6 +391,26 @@ def test_answers_are_cut_as_the_reference_cuts_them(case):
     answer = texts(apply(reader, [step("cut_answers", characters=limit)])[0])[1]
     assert f"{answer}<|im_end|>" == case["supervised_spans"][0]
     assert len(CUT) == 4
+
+
+# ---- what the docs say ------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs" / "mixing.md"
+
+
+def test_the_docs_name_every_transform_option_and_reason():
+    text = DOCS.read_text(encoding="utf-8")
+    for name, kind in TRANSFORMS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert [option for option in kind.model_fields if f"`{option}" not in row] == [], name
+    assert [reason for reason in get_args(Reason) if f"| `{reason}` |" not in text] == []
+    assert "one of eleven of our own" in text and len(INSTRUCTIONS) == 11
+
+
+def test_the_examples_of_the_docs_are_taken():
+    examples = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("{ do = ")]
+    steps = [tomllib.loads(f"step = {line}")["step"] for line in examples]
+    assert {build(each, "docs").do for each in steps} == set(TRANSFORMS)
 
 
 # ---- tables, caches, processes ----------------------------------------------------------------------------------
