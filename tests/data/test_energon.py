@@ -360,7 +360,7 @@ def test_many_shards_are_looked_at_in_parallel(tmp_path):
     ]
 
 
-def test_a_dataset_afar_reads_like_one_here(mixqa):
+def test_a_dataset_afar_reads_like_one_here(mixqa, monkeypatch):
     for path in files.listed(mixqa):
         with files.fsspec.open(f"memory://far{path.split(str(mixqa))[1]}", "wb") as out:
             out.write(Path(path).read_bytes())
@@ -369,7 +369,16 @@ def test_a_dataset_afar_reads_like_one_here(mixqa):
         assert far[row].messages == near[row].messages and far[row].id == near[row].id
         assert [picture_of(a) for a in far[row].images] == [picture_of(a) for a in near[row].images]
     assert open_image(far[0].images[0]).size == open_image(near[0].images[0]).size
+    asked, read = [], files.read
+    monkeypatch.setattr(files, "read", lambda *place: asked.append(place) or read(*place))
+    far = opened("memory://far")
+    asked.clear()
+    assert len(far[6].images) == 2
+    assert [path for path, *_ in asked] == ["memory://far/pretrain-0.tar"]  # one request; the pictures are not opened
+    monkeypatch.undo()
     files.fsspec.filesystem("memory").rm("/far/.nv-meta", recursive=True)
+    for index in files.listed("memory://far", ".idx"):
+        files.fsspec.filesystem("memory").rm(index)
     assert opened("memory://far")[0].id == "pretrain-0.tar/image_0"
 
 

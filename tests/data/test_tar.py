@@ -27,7 +27,7 @@ def listed(path: Path) -> list[tuple[str, int, int]]:
 
 
 def offsets(path: Path) -> list[int]:
-    return scan(str(path), Files().of(str(path)), path.stat().st_size).tolist()
+    return scan(str(path), path.stat().st_size).tolist()
 
 
 def write_tar(path: Path, names: list[str], kind: int = tarfile.GNU_FORMAT) -> Path:

@@ -93,21 +93,25 @@ def members(path: str, read: Read, start: int, stop: int) -> Iterator[Member]:
             first, long_name, size_told = at, None, None
 
 
-def scan(path: str, read: Read, size: int) -> np.ndarray:
+def scan(path: str, size: int) -> np.ndarray:
     """uint64 [samples + 1]: where each sample's first header lies, and where the last one ends; headers alone are read.
 
-    What `.tar.idx` holds. Raises TarError for a torn tar.
+    What `.tar.idx` holds. Raises TarError for a torn tar, OSError.
     """
     starts: list[int] = []
     last, end = None, 0
-    for member in members(path, read, 0, size):
-        end = member.end
-        named = split_name(member.name)
-        if named is None:
-            continue
-        if named[0] != last:
-            starts.append(member.header)
-            last = named[0]
+    with files.open_binary(path) as file:  # from afar it reads ahead, which asking for each header would not
+
+        def read(start: int, count: int) -> bytes:
+            file.seek(start)
+            return file.read(count)
+
+        for member in members(path, read, 0, size):
+            end = member.end
+            named = split_name(member.name)
+            if named is not None and named[0] != last:
+                starts.append(member.header)
+                last = named[0]
     return np.array([*starts, end], np.uint64)
 
 
@@ -134,7 +138,7 @@ def read_index(path: str, size: int) -> np.ndarray | None:
 
 
 class Files:
-    """Pieces of files, a few kept open. Safe across fork and pickling: another process opens its own."""
+    """Pieces of files; a few local ones are kept open. Safe across fork and pickling: another process opens its own."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, BinaryIO] = OrderedDict()
@@ -142,20 +146,18 @@ class Files:
 
     def read(self, path: str, start: int, count: int) -> bytes:
         """Up to `count` bytes of `path` from `start`. Raises OSError."""
-        if self._process != os.getpid():  # positions of inherited files are shared with the parent
+        if files.is_remote(path):
+            return files.read(path, start, count)
+        if self._process != os.getpid():
             self._open, self._process = OrderedDict(), os.getpid()
         file = self._open.get(path)
         if file is not None:
             self._open.move_to_end(path)
         else:
-            file = files.open_binary(path)
-            self._open[path] = file
+            file = self._open[path] = files.open_binary(path)
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)[1].close()
-        if not files.is_remote(path):
-            return os.pread(file.fileno(), count, start)
-        file.seek(start)
-        return file.read(count)
+        return os.pread(file.fileno(), count, start)
 
     def of(self, path: str) -> Read:
         return lambda start, count: self.read(path, start, count)

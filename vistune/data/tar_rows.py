@@ -22,12 +22,13 @@ from vistune.console import progress, warn
 from vistune.data.nv_meta import Kind
 from vistune.data.processes import context
 from vistune.data.tar import Files, TarError, members, read_index, scan, split_name
-from vistune.data.tar_samples import Misread, Raw, count, recognise
+from vistune.data.tar_samples import Misread, Raw, count, is_picture, recognise
 
 ROW = np.dtype([("shard", "<u4"), ("sub", "<u4"), ("start", "<u8"), ("stop", "<u8")])
 """Number of the shard, of the sub-sample, and the bytes of the sample in the tar."""
 
 _FORMAT = 1
+_AT_ONCE = 64 << 20  # bytes of a sample that are fetched in one request
 _FEW = 8  # shards that are looked at here, without starting processes
 
 
@@ -94,9 +95,17 @@ def open_rows(shards: Sequence[Shard], kind: Kind, look: Kind | None, facts: Seq
 
 
 def raw_sample(shard: str, opened: Files, start: int, stop: int) -> Raw:
-    """The sample that begins at byte `start` of the tar `shard`. Raises TarError, OSError."""
+    """The sample that begins at byte `start` of the tar `shard`. Raises TarError, OSError.
+
+    From afar it comes in one piece, of which all but the pictures is kept: a request costs more than bytes.
+    """
+    whole = opened.read(shard, start, stop - start) if files.is_remote(shard) and stop - start <= _AT_ONCE else None
+
+    def piece(first: int, count: int) -> bytes:
+        return opened.read(shard, first, count) if whole is None else whole[first - start : first - start + count]
+
     parts, key = {}, ""
-    for member in members(shard, opened.of(shard), start, stop):
+    for member in members(shard, piece, start, stop):
         named = split_name(member.name)
         if named is None:
             continue
@@ -108,7 +117,10 @@ def raw_sample(shard: str, opened: Files, start: int, stop: int) -> Raw:
         parts[part] = member
     if not key:
         raise TarError(f"{shard}: byte {start}: no sample begins there. Fetch the shard and its .idx again")
-    return Raw(shard, key, parts, lambda member: opened.read(shard, member.start, member.size))
+    if whole is None:
+        return Raw(shard, key, parts, lambda member: opened.read(shard, member.start, member.size))
+    kept = {member: piece(member.start, member.size) for part, member in parts.items() if not is_picture(part)}
+    return Raw(shard, key, parts, lambda member: kept.get(member) or opened.read(shard, member.start, member.size))
 
 
 def _rows(table: np.ndarray, samples: Iterable[int], rows: Iterable[int], file: Path | None) -> Rows:
@@ -189,7 +201,7 @@ def _find(job: _Job) -> _Found:
         offsets = read_index(shard.path, size)
         scanned = offsets is None
         if offsets is None:
-            offsets = scan(shard.path, opened.of(shard.path), size)
+            offsets = scan(shard.path, size)
     except FileNotFoundError:
         raise ValueError(f"{shard.path}: the dataset names this shard, and it is not there") from None
     _check_count(shard, len(offsets) - 1)

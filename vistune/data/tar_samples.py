@@ -74,7 +74,7 @@ class Raw:
         raise Misread("image_missing", f"the sample has no part {parts[0]!r}, only {', '.join(self.parts) or 'none'}")
 
     def pictures(self) -> list[str]:
-        return [part for part in self.parts if part.rsplit(".", 1)[-1].lower() in PICTURES]
+        return [part for part in self.parts if is_picture(part)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,10 @@ class Read:
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_picture(part: str) -> bool:
+    return part.rsplit(".", 1)[-1].lower() in PICTURES
 
 
 def recognise(raw: Raw) -> Kind | None:
