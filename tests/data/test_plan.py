@@ -160,6 +160,17 @@ def test_grouped_steps_have_one_modality_but_for_a_tail(lengths, batch, seed):
             assert all(len(micro) == 4 for micro in turns[: len(step) // 4])
 
 
+def test_costs_count_attention_and_vision():
+    index = make_index([100, 100, 600])
+    index.columns["image"][2] = 576
+    plan = Plan(index, batch=3, length=2000)
+    one, two, seen = plan.costs([(0,), (0, 1), (2,)])
+    assert one == pytest.approx(100 + 100**2 / 50_000) and two == pytest.approx(
+        2 * one
+    )  # samples do not see each other
+    assert seen == pytest.approx(1176 + 1176**2 / 50_000 + 10)
+
+
 def test_groups_are_the_references_and_change_with_the_epoch():
     rng = np.random.default_rng(0)
     lengths, images = rng.integers(4, 60, 96), rng.integers(0, 2, 96)

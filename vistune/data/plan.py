@@ -24,10 +24,11 @@ from vistune.data.shares import Share
 Pack = tuple[int, ...]
 """Positions of the index whose samples share one row of `length` tokens."""
 
-# What a token pair of attention and an image cost beside one token through the layers, for 7B and CLIP-L/336
-# (2 x 6.7e9 FLOP a token against 4 x 32 x 4096 / 2 a pair; 0.38e12 an image, forward only). For balance, not accounts.
+# What a token pair of attention and a placeholder's share of the vision tower cost beside one token through the layers,
+# for 7B and CLIP-L/336 (2 x 6.7e9 FLOP a token against 4 x 32 x 4096 / 2 a pair; 0.38e12 an image of 576 placeholders,
+# forward only, against forward and backward). For balance, not accounts.
 _PAIR_COST = 1 / 50_000
-_IMAGE_COST = 10.0
+_IMAGE_COST = 10 / 576
 _KEPT_WINDOWS = 4
 _FORMAT = 2  # of the order and of what is kept of it; raised when either changes
 _FACTS = ("packs", "samples", "tokens", "supervised", "images", "shortened", "longest", "most_images")
@@ -167,7 +168,7 @@ class Plan:
         """float64 [packs]: work of each pack, in tokens through the layers."""
         flat, starts = _flat(packs)
         tokens = self.index.tokens(flat).astype(np.float64)
-        work = tokens + tokens**2 * _PAIR_COST + self.index.columns["images"][flat] * _IMAGE_COST
+        work = tokens + tokens**2 * _PAIR_COST + self.index.columns["image"][flat] * _IMAGE_COST
         return np.add.reduceat(work, starts)
 
     def supervised(self, k: int) -> int:
