@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,21 @@ def test_broken_samples_are_faults_of_their_rows(tmp_path):
         fault = error.value.fault
         assert (fault.code, fault.row, fault.id) == (code, row, f"a.tar/{key}")
         assert fault.path.endswith("a.tar")
+
+
+def test_parts_and_texts_that_are_too_large_are_faults(tmp_path):
+    tar = tmp_path / "a.tar"
+    huge = tarfile.TarInfo("b.json")
+    huge.size = 9 << 30  # a hole in the file
+    with open(tar, "wb") as out:
+        small = shard(tmp_path / "s.tar", {"a": {"json": {"texts": turns("a", "b" * (9 << 20)), "media": "text"}}})
+        out.write(small.read_bytes()[:-1024] + huge.tobuf())
+        out.truncate(out.tell() + huge.size)
+    reader = opened(tar)
+    with pytest.raises(SampleError, match="more than 8,388,608 characters"):
+        reader[0]
+    with pytest.raises(SampleError, match="'json' has 9663676416 bytes"):
+        reader[1]
 
 
 BAD_PACKS = [

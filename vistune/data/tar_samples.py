@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from vistune.data.columns import MAX_TEXT
+from vistune.data.json_rows import MAX_ROW
 from vistune.data.nv_meta import Kind
 from vistune.data.tar import Member
 from vistune.samples import IMAGE_MARK, FaultCode, Image, Message, Role
@@ -24,6 +26,9 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "system": "system",
 }
+MAX_PART = MAX_ROW
+"""Bytes of a part that is no picture: as many as a row of any other format may have."""
+
 _FIELD = re.compile(r"^([^[\]]+)((?:\[[^[\]]+\])*)$")
 _FIELDS: dict[Kind, dict[str, str]] = {
     # where the fields of a sample lie when the dataset does not say
@@ -60,6 +65,8 @@ class Raw:
         member = self.parts.get(part)
         if member is None:
             raise Misread("row_unreadable", f"the sample has no part {part!r}, only {', '.join(self.parts) or 'none'}")
+        if member.size > MAX_PART:
+            raise Misread("row_unreadable", f"part {part!r} has {member.size} bytes, at most {MAX_PART} are read")
         raw = self.read(member)
         try:
             return json.loads(raw) if part.rsplit(".", 1)[-1] == "json" else raw.decode("utf-8")
@@ -120,10 +127,14 @@ def count(kind: Kind, raw: Raw) -> int:
 def read(kind: Kind, raw: Raw, sub: int, fields: Mapping[str, str]) -> Read:
     """Row `sub` of the sample. Raises Misread."""
     if kind == "packed":
-        return _packed(raw, sub)
-    if kind == "mixqa":
-        return _mixqa(raw)
-    return _caption(raw, fields) if kind == "caption" else _vqa(raw, fields)
+        got = _packed(raw, sub)
+    elif kind == "mixqa":
+        got = _mixqa(raw)
+    else:
+        got = _caption(raw, fields) if kind == "caption" else _vqa(raw, fields)
+    if sum(len(message.text) for message in got.messages) > MAX_TEXT:
+        raise Misread("row_unreadable", f"a conversation of more than {MAX_TEXT:,} characters")
+    return got
 
 
 def _packed_lists(raw: Raw) -> tuple[list[Any], list[Any], list[Any]]:
