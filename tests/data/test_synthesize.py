@@ -7,6 +7,8 @@ import re
 from threading import Lock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loopback import serving
 
 from vistune.data import captioned
@@ -396,6 +398,37 @@ def test_forms_that_are_read(text):
 def test_forms_that_are_refused(kind, text, said):
     with pytest.raises(Malformed, match=re.escape(said)):
         rounds(kind, text, "stop", "A cat on a mat", "Describe it.")
+
+
+PIECES = st.sampled_from(
+    [
+        "Question:",
+        "Answer:",
+        "===",
+        "\n",
+        "{",
+        "}",
+        '{"question": "a", "answer": "b"}',
+        "[",
+        "]",
+        "null",
+        "```",
+        "text",
+        "1",
+    ]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(PIECES, max_size=12).map(" ".join) | st.text(max_size=60), st.sampled_from(["conversation", "reasoning"])
+)
+def test_no_reply_breaks_the_reading(text, kind):
+    try:
+        found = rounds(kind, text, "stop", "", "")
+    except Malformed:
+        return
+    assert found and all(question and answer for question, answer in found)
 
 
 def test_words_that_the_captions_use_themselves_are_no_leak():

@@ -235,11 +235,10 @@ class _Transfer:
                 self.part.drop()
             return f"{have:,} bytes came, the file has {self.size:,}"
         if self.size is None and total is not None and have < total:
-            # A server that ends at one place twice has no more, whatever it promised; the content decides.
-            said = f"{have:,} of {total:,} bytes came"
+            # A server that ends at one place twice may have no more, whatever it promised: the content decides.
             self.ended_at.append(have)
-            decided = self.check is not None and self.ended_at.count(have) > 1
-            return self._checked(said) if decided else said
+            whole = self.check is not None and self.ended_at.count(have) > 1 and not self._wrong()
+            return "" if whole else f"{have:,} of {total:,} bytes came"
         return self._checked()
 
     def _nothing_more(self, total: int | None) -> str:
@@ -251,25 +250,31 @@ class _Transfer:
             return f"{have:,} bytes were here and no more are to come, the file has {expected:,}; begun again"
         return self._checked(final=True)
 
-    def _checked(self, said: str = "", final: bool = False) -> str:
-        """The content's own word: "" when it is right.
+    def _checked(self, final: bool = False) -> str:
+        """ "" when what is here is right, else why not.
 
         When it is wrong at a size that nobody knew beforehand, the next try asks whether there is more; what is wrong
         for certain is fetched anew once, then it is the server's fault.
         """
         have = self.part.size
-        try:
-            if self.check:
-                self.check(self.part.path)
-            return ""
-        except ValueError as error:
+        reason = self._wrong()
+        if reason:
             if final or have in self.doubted or have == self.size:
                 self.part.drop()
                 self.restarts += 1
             self.doubted.add(have)
             if self.restarts > 1:
-                raise DownloadError(self.address, f"what comes is not what it should be: {error}") from None
-            return said or str(error)
+                raise DownloadError(self.address, f"what comes is not what it should be: {reason}")
+        return reason
+
+    def _wrong(self) -> str:
+        """What the content says against itself, or ""."""
+        try:
+            if self.check:
+                self.check(self.part.path)
+        except ValueError as error:
+            return str(error) or type(error).__name__
+        return ""
 
 
 def download(
