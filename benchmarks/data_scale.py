@@ -99,11 +99,10 @@ def plan(asked: argparse.Namespace) -> Figures:
 
     found: Figures = {}
     for length in asked.lengths:
-        if length < made.length:
-            made = _shorter(asked, length)
+        here = made if length == made.length else _shorter(asked, length)
         for unit, batch in (("samples", BATCH), ("packs", BATCH // 4)):
             with timed() as took:
-                told = Plan(made, batch=batch, unit=unit, length=length, workers=asked.workers).describe()
+                told = Plan(here, batch=batch, unit=unit, length=length, workers=asked.workers).describe()
             keys = ("samples", "packs", "steps_per_epoch", "longest_pack", "padding_share")
             found[f"{unit} {length}"] = {**took, "fill": 1 - told["padding_share"], **{key: told[key] for key in keys}}
     return found
