@@ -20,8 +20,9 @@ from vistune.data.tokenize import Language
 from vistune.data.transforms import apply
 from vistune.images import FixedLayout
 from vistune.models.load import Described, describe, read_config
+from vistune.native import NativeLayout, open_native
 from vistune.recipe import Recipe, Source
-from vistune.text_encoder import open_encoder
+from vistune.text_encoder import TextEncoder, open_encoder
 
 
 @dataclass
@@ -170,11 +171,28 @@ def open_target(
 
 
 def language_for(folder: str, template: str = "") -> Language:
-    """Of a model's folder as it says; of a plain tokenizer's folder with LLaVA-1.5's pictures (336, 576 tokens)."""
+    """Of a model's folder as it says; of a plain tokenizer's folder with LLaVA-1.5's pictures (336, 576 tokens).
+
+    A folder with a Qwen2-VL image processor gets pictures at their own size, and template qwen2-vl if none is named.
+    """
     model = model_folder(folder)
+    if (native := open_native(model)) is not None:
+        return _native_language(model, native, template or "qwen2-vl")
     if (model / "config.json").exists() and "vision_config" in read_config(model):
         return language_of(describe(model, template=template or None))
     chosen = chat.template(template or "tokenizer")
     encoder = open_encoder(folder)
     chat.check_fits(chosen, encoder.tokenizer)
     return Language(chosen, encoder, FixedLayout(), image_token_id=len(encoder.tokenizer))
+
+
+def _native_language(folder: Path, layout: NativeLayout, template: str) -> Language:
+    """The placeholder is the one that config.json numbers, else Qwen2-VL's by its name."""
+    tokenizer = open_encoder(folder).tokenizer
+    config = read_config(folder) if (folder / "config.json").exists() else {}
+    token = tokenizer.convert_ids_to_tokens(config["image_token_id"]) if "image_token_id" in config else "<|image_pad|>"
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"tokenizer {folder}: it has no {token!r}, which stands for pieces of a picture")
+    chosen = chat.template(template)
+    chat.check_fits(chosen, tokenizer)
+    return Language(chosen, TextEncoder(tokenizer, token), layout, tokenizer.convert_tokens_to_ids(token))

@@ -163,9 +163,8 @@ def _flops(loaded: models.Loaded, recipe: Recipe) -> Callable[[Batch], float]:
     learns = [key for key in recipe.learn.root if key.split(".")[0] not in adapted]
 
     def count(batch: Batch) -> float:
-        images = 0 if batch.pixels is None else len(batch.pixels)
         return loaded.family.flops(
-            loaded.model.config, lengths=batch.lengths, images=images, supervised=len(batch.targets), learn=learns
+            loaded.model.config, lengths=batch.lengths, images=batch.images, supervised=len(batch.targets), learn=learns
         )
 
     return count
