@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistune.data.formats import open_source
-from vistune.data.json_members import Lookup, RowError, Rows, find_members
+from vistune.data.json_members import BadRow, Lookup, Rows, find_members
 from vistune.data.tokenize import check_marks
 from vistune.data.transforms import apply
 from vistune.samples import Sample, SampleError
@@ -463,6 +465,54 @@ def test_files_behind_a_uri_are_read_too(tmp_path):
         open_source("memory://vg/none.json", "gqa", str(tmp_path))
 
 
+MUTATED = {
+    "gqa": (GQA, {}),
+    "aokvqa": ([{"image_id": 1, "question_id": "q", "question": "?", "choices": ["a"], "correct_choice_idx": 0}], {}),
+    "ocrvqa": (OCRVQA, {}),
+    "textcaps": (TEXTCAPS, {"ocr": {"data": [{"image_id": "b4c4d2ad3d4f0e0a", "ocr_tokens": ["A"]}]}}),
+    "vqav2": (VQA_QUESTIONS, {"annotations": VQA_ANNOTATIONS}),
+    "okvqa": (VQA_QUESTIONS, {"annotations": VQA_ANNOTATIONS}),
+    "visual_genome": (REGIONS, {"image_data": IMAGE_DATA}),
+    "refcoco": (REFS, {"instances": INSTANCES}),
+    "sharegpt": ([{"id": "a", "conversations": [{"from": "human", "value": "Hi"}]}], {}),
+}
+SWAPS = [b"null", b"[]", b"{}", b'"\\ud800"', b"1e999", b"9" * 400, b"NaN", b"true", b"-1", b"", b'"', b"}"]
+SWAPS += [b'"a/../b"', b'"\\u0000"', b'"\xff"', b"[" * 9999]
+VALUE = re.compile(rb'"[^"]*"|\d+|true|null')
+
+
+@pytest.mark.parametrize("format", MUTATED)
+def test_mutated_files_give_faults_and_errors_and_nothing_worse(tmp_path, format):
+    main, companions = MUTATED[format]
+    texts = {"main": json.dumps(main).encode()} | {key: json.dumps(value).encode() for key, value in companions.items()}
+    options = {key: str(tmp_path / f"{key}.json") for key in companions}
+    chance = random.Random(format)
+    told = 0
+    for _ in range(150):
+        hit = chance.choice(list(texts))
+        for key, text in texts.items():
+            if key == hit:
+                at = chance.choice(list(VALUE.finditer(text)))
+                text = text[: at.start()] + chance.choice(SWAPS) + text[at.end() :]
+            (tmp_path / f"{key}.json").write_bytes(text)
+        try:
+            reader = open_source(str(tmp_path / "main.json"), format, options=options)
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+            told += 1
+            continue
+        for row in range(len(reader)):
+            try:
+                sample = reader[row]
+            except SampleError as error:
+                assert error.fault.row == row
+                told += 1
+                continue
+            assert all(isinstance(message.text, str) for message in sample.messages)
+            "".join(message.text for message in sample.messages).encode()
+    assert told > 30
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -485,7 +535,7 @@ def test_a_lookup_refuses_rows_without_its_key(write):
         Lookup(path, ("data", "*"), "id", None)
     good = Lookup(write("y.json", {"data": [{"id": 1, "v": 5}, {"id": "b"}]}), ("data", "*"), "id", None)
     assert good.get("1")["v"] == good.get(1)["v"] == 5
-    with pytest.raises(RowError, match="no row with id = 'c'"):
+    with pytest.raises(BadRow, match="no row with id = 'c'"):
         good.get("c")
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vistune import files
-from vistune.data.json_members import RowError, Rows, digest
+from vistune.data.json_members import BadRow, Rows, digest
+from vistune.data.pictures import LONGEST_PATH, Folders, beside
 from vistune.samples import IMAGE_MARK, Fault, Image, Message, Sample, SampleError
 
 
@@ -31,8 +30,8 @@ class Annotations:
     def __init__(self, rows: Rows, images: Sequence[str], name: str, *facts: Any):
         """`facts`: what else the samples depend on (options, companion files)."""
         self.rows, self.name = rows, name
-        self.folders = standing_folders(rows.path, images)
-        self._facts = digest(rows.facts, rows.place, rows.only, name, self.folders, *facts)
+        self.folders = Folders(rows.path, images, beside(rows.path))
+        self._facts = digest(rows.facts, rows.place, rows.only, name, self.folders.fingerprint(), *facts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,7 +42,7 @@ class Annotations:
             key, value = self.rows[row]
             id = self.id_of(key, value)
             found = self.annotation(key, value)
-        except RowError as error:
+        except BadRow as error:
             fault = Fault(source=self.name, row=row, id=id, code=error.code, reason=error.reason)
             raise SampleError(fault) from None
         return Sample(
@@ -51,7 +50,7 @@ class Annotations:
             source=self.name,
             row=row,
             messages=messages_of(found.rounds),
-            images=(Image(path=resolve(self.folders, found.picture)),),
+            images=(Image(path=self.folders.resolve(found.picture)),),
             notes=found.notes,
         )
 
@@ -59,28 +58,13 @@ class Annotations:
         return self._facts
 
     def annotation(self, key: str, row: Any) -> Annotation:
-        """What this row says. Raises RowError."""
+        """What this row says. Raises BadRow."""
         raise NotImplementedError
 
     def id_of(self, key: str, row: Any) -> str:
         """How faults call a row that is not understood."""
         value = row.get("question_id", "") if isinstance(row, dict) else ""
         return key or str(value)
-
-
-def standing_folders(path: str, images: Sequence[str]) -> list[str]:
-    """The folders of a file's pictures, its own without any. Raises ValueError for one that is not there."""
-    folders = list(images) or [path.rpartition("/")[0] if files.is_remote(path) else str(Path(path).parent)]
-    for folder in folders:
-        if not files.is_folder(folder):
-            raise ValueError(f"{path}: its image folder {folder} does not exist")
-    return folders
-
-
-def resolve(folders: Sequence[str], picture: str) -> str:
-    """Where `picture` lies: in the first folder that has it, else where the first one should."""
-    tried = [files.join(folder, picture) for folder in folders]
-    return tried[0] if len(tried) == 1 else next((path for path in tried if files.exists(path)), tried[0])
 
 
 def messages_of(rounds: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
@@ -94,17 +78,19 @@ def messages_of(rounds: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
 
 
 def picture_path(pattern: str, id: str) -> str:
-    """`pattern` with {id} filled in; {id:012} pads a number with zeros. Raises RowError."""
+    """`pattern` with {id} filled in; {id:012} pads a number with zeros. Raises BadRow."""
+    if "\0" in id or len(id) > LONGEST_PATH:
+        raise BadRow(f"picture {id[:60]!r} is no name of a file")
     try:
         return pattern.format(id=int(id) if ":" in pattern else id)
-    except (ValueError, IndexError, KeyError) as error:
-        raise RowError(f"picture {id!r} does not fit the pattern {pattern!r}: {error}") from None
+    except (ValueError, LookupError, AttributeError) as error:
+        raise BadRow(f"picture {id!r} does not fit the pattern {pattern!r}: {error}") from None
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """The answer that most people gave; of equally frequent ones the first given. Raises RowError for none."""
+    """The answer that most people gave; of equally frequent ones the first given. Raises BadRow for none."""
     if not answers:
-        raise RowError("there is no answer in it", "empty_answer")
+        raise BadRow("there is no answer in it", "empty_answer")
     return max(answers, key=lambda answer: (answers.count(answer), -answers.index(answer)))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -20,7 +21,7 @@ import numpy as np
 
 from vistune import files
 from vistune.console import progress
-from vistune.data.json_rows import find_rows
+from vistune.data.json_rows import MAX_ROW, RowError, find_rows
 from vistune.samples import FaultCode
 
 T = TypeVar("T")
@@ -32,8 +33,12 @@ _CLOSES = {b"}": b"{", b"]": b"["}
 _BOM = b"\xef\xbb\xbf"
 
 
-class RowError(ValueError):
-    """What is wrong with one row; the reader of the row knows where it stands."""
+LARGEST = 1 << 62
+"""No id and no size is above it; columns of 64 bits hold what is not."""
+
+
+class BadRow(RowError):
+    """What is wrong with one row, with the code of its fault; the reader of the row knows where it stands."""
 
     def __init__(self, reason: str, code: FaultCode = "row_unreadable"):
         self.reason, self.code = reason, code
@@ -41,21 +46,25 @@ class RowError(ValueError):
 
 
 def want(row: Any, key: str, kind: type[T]) -> T:
-    """`row[key]` of the type that it must have. Raises RowError; numbers may be int where float is wanted."""
+    """`row[key]` of the type that it must have. Raises BadRow; numbers may be int where float is wanted."""
     if not isinstance(row, Mapping):
-        raise RowError(f"{json.dumps(row)[:60]} is no object")
+        raise BadRow(f"{json.dumps(row)[:60]} is no object")
     if key not in row:
-        raise RowError(f"{key} is missing; there are {', '.join(map(str, row)) or 'no keys'}")
+        raise BadRow(f"{key} is missing; there are {', '.join(map(str, row)) or 'no keys'}")
     value = row[key]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else float("inf")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"{key} is {value}, which is no number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise BadRow(f"{key} is a number of {value.bit_length()} bits")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise RowError(f"{key} is {json.dumps(value, default=repr)[:60]}, expected {kind.__name__}")
+        raise BadRow(f"{key} is {json.dumps(value, default=repr)[:60]}, expected {kind.__name__}")
     return value
 
 
 def want_id(row: Any, key: str) -> str:
-    """`row[key]`, a string or a whole number, as a string. Raises RowError."""
+    """`row[key]`, a string or a whole number, as a string. Raises BadRow."""
     value = row.get(key) if isinstance(row, Mapping) else None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else want(row, key, str)
 
@@ -131,7 +140,14 @@ def _last_string(data: Any, at: int, end: int) -> tuple[int, int] | None:
 
 
 def _text(data: Any, span: tuple[int, int] | None) -> str:
-    return json.loads(data[span[0] : span[1]]) if span else "*"
+    """The key at `span`; for an element of a list what no key is matched with."""
+    if span is None:
+        return "*"
+    text = bytes(data[span[0] : span[1]]).decode("utf-8", "replace")
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text  # with its quotes: no key that is looked for
 
 
 class Rows:
@@ -154,7 +170,7 @@ class Rows:
         return len(self._spans)
 
     def __getitem__(self, number: int) -> tuple[str, Any]:
-        """(key, value) of a member of an object, ("", value) of an element of a list. Raises RowError."""
+        """(key, value) of a member of an object, ("", value) of an element of a list. Raises BadRow."""
         return self._read(*self._spans[number].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,18 +182,25 @@ class Rows:
             self._spans = kept(self._kept, self._find)
 
     def _read(self, start: int, end: int) -> tuple[str, Any]:
-        text = self._bytes(start, end - start)
-        member = text[:1] == b'"'
+        if end - start > MAX_ROW:
+            raise BadRow(f"{end - start:,} bytes from byte {start}; a row may have {MAX_ROW:,}")
         try:
-            value = json.loads(b"{" + text + b"}" if member else text)
+            text = self._bytes(start, end - start)
+            member = text[:1] == b'"'
+            value = json.loads((b"{" + text + b"}" if member else text).decode())
+            if b"\\ud" in text or b"\\uD" in text:
+                json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
-            raise RowError(f"not JSON (row begins at byte {start}): {error}") from None
+            reason = "not a JSON object" if start == end else f"not JSON (row begins at byte {start}): {error}"
+            raise BadRow(reason) from None
+        except OSError as error:
+            raise BadRow(f"the file cannot be read: {type(error).__name__} {error}") from None
         key, value = value.popitem() if member else ("", value)
         return key, value
 
     def _bytes(self, start: int, count: int) -> bytes:
         if files.is_remote(self.path):
-            return files.read(self.path, start, count)
+            return files.read(self.path, start, count) if count else b""
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY)
         return os.pread(self._file, count, start)
@@ -196,7 +219,7 @@ class Rows:
     def _has(self, start: int, end: int, key: str, values: Sequence[Any]) -> bool:
         try:
             row = self._read(start, end)[1]
-        except RowError:
+        except BadRow:
             return True  # an unreadable row stays a row, so that it is reported
         return not isinstance(row, dict) or key not in row or row[key] in values
 
@@ -215,7 +238,7 @@ class Lookup:
         return self.rows.facts
 
     def get(self, value: Any) -> dict[str, Any]:
-        """The row whose key has this value. Raises RowError when there is none."""
+        """The row whose key has this value. Raises BadRow when there is none."""
         if self._last is None or self._last[0] != str(value):
             self._last = str(value), self._found(value)
         return self._last[1]
@@ -228,7 +251,7 @@ class Lookup:
             if str(row.get(self.key)) == str(value):
                 return row
             at += 1
-        raise RowError(f"{self.rows.path} has no row with {self.key} = {value!r}")
+        raise BadRow(f"{self.rows.path} has no row with {self.key} = {value!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_table": None if self._kept else self._table}
@@ -244,7 +267,7 @@ class Lookup:
             for row in bar.track(range(len(self.rows)), description=Path(self.rows.path).name):
                 try:
                     table[row] = hash64(want_id(self.rows[row][1], self.key)), row
-                except RowError as error:
+                except BadRow as error:
                     raise ValueError(f"{self.rows.path}: row {row}: {error.reason}") from None
         return np.sort(table, order=["hash", "row"])
 

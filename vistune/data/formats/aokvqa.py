@@ -8,7 +8,7 @@ from typing import Any
 
 from vistune.data.annotations import Annotation, Annotations, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import RowError, Rows, want, want_id
+from vistune.data.json_members import BadRow, Rows, want, want_id
 
 PICTURE = "coco/train2017/{id:012}.jpg"
 
@@ -25,7 +25,7 @@ class Aokvqa(Annotations):
         image = want_id(row, "image_id")
         choices, right = want(row, "choices", list), want(row, "correct_choice_idx", int)
         if not all(isinstance(text, str) for text in choices) or not 0 <= right < len(choices):
-            raise RowError(f"correct_choice_idx is {right}, choices are {choices!r:.80}")
+            raise BadRow(f"correct_choice_idx is {right}, choices are {choices!r:.80}")
         return Annotation(
             id=want_id(row, "question_id"),
             picture=picture_path(self.picture, image),

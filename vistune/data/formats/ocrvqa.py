@@ -8,7 +8,7 @@ from typing import Any
 
 from vistune.data.annotations import Annotation, Annotations, choice, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import RowError, Rows, want
+from vistune.data.json_members import BadRow, Rows, want
 
 PICTURE = "ocr_vqa/images/{id}.jpg"
 SPLITS = {"train": [1], "val": [2], "test": [3], "all": [1, 2, 3]}
@@ -24,9 +24,9 @@ class OcrVqa(Annotations):
     def annotation(self, key: str, row: Any) -> Annotation:
         questions, answers = want(row, "questions", list), want(row, "answers", list)
         if len(questions) != len(answers) or not questions:
-            raise RowError(f"it has {len(questions)} questions and {len(answers)} answers")
+            raise BadRow(f"it has {len(questions)} questions and {len(answers)} answers")
         if not all(isinstance(text, str) for text in [*questions, *answers]):
-            raise RowError("a question or an answer is no text")
+            raise BadRow("a question or an answer is no text")
         about = {name: row[name] for name in ("title", "authorName", "genre") if name in row}
         rounds = list(zip(questions, answers, strict=True))
         return Annotation(

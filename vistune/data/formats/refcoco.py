@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from vistune import files
-from vistune.data.annotations import choice, messages_of, option, picture_path, resolve, standing_folders
+from vistune.data.annotations import choice, messages_of, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import RowError, Rows, digest, facts_of, want, want_id
+from vistune.data.json_members import BadRow, Rows, digest, facts_of, want, want_id
+from vistune.data.pictures import Folders, beside
 from vistune.samples import Fault, Image, Sample, SampleError
 
 PICTURE = "coco/train2017/{id:012}.jpg"
@@ -47,6 +48,7 @@ def read_refs(path: str) -> list[dict[str, Any]]:
         pickle.UnpicklingError,
         ValueError,
         ArithmeticError,
+        RecursionError,
         EOFError,
         LookupError,
         AttributeError,
@@ -72,8 +74,8 @@ class Boxes:
     @classmethod
     def read(cls, path: str, cache: Path | None) -> Boxes:
         """From instances.json, row after row. Raises ValueError."""
-        boxes = _columns(Rows(path, ("annotations", "*"), cache), lambda row: [float(number) for number in row["bbox"]])
-        sizes = _columns(Rows(path, ("images", "*"), cache), lambda row: [int(row["width"]), int(row["height"])])
+        boxes = _columns(Rows(path, ("annotations", "*"), cache), _bbox)
+        sizes = _columns(Rows(path, ("images", "*"), cache), _size)
         return cls(*boxes, *sizes)
 
     def box(self, annotation: int) -> tuple[float, float, float, float]:
@@ -94,13 +96,13 @@ class RefCoco:
         self, pairs: Mapping[str, str], images: Sequence[str], name: str, picture: str, split: str, cache: Path | None
     ):
         """`pairs`: references -> instances, in the order of the rows."""
-        self.name, self.picture = name, picture
-        self.folders = standing_folders(next(iter(pairs)), images)
+        self.name, self.picture, first = name, picture, next(iter(pairs))
+        self.folders = Folders(first, images, beside(first))
         self._boxes = [Boxes.read(instances, cache) for instances in pairs.values()]
         self._sets = [Path(refs).parent.name for refs in pairs]
         self._rows = [(number, *row) for number, refs in enumerate(pairs) for row in _expressions(refs, split)]
         facts = [facts_of(file) for pair in pairs.items() for file in pair]
-        self._digest = digest(*facts, name, self.folders, picture, split)
+        self._digest = digest(*facts, name, self.folders.fingerprint(), picture, split)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -111,19 +113,19 @@ class RefCoco:
         id = str(ref.get("ref_id", ""))
         try:
             phrase = want(sentence, "sent", str)
-            image = want_id(ref, "image_id")
-            width, height = boxes.size(int(image))
+            image = want(ref, "image_id", int)
+            width, height = boxes.size(image)
             notes = {
-                "image_id": image,
+                "image_id": str(image),
                 "set": self._sets[number],
                 "phrase": phrase,
                 "box": boxes.box(want(ref, "ann_id", int)),
                 "width": width,
                 "height": height,
             }
-            picture = resolve(self.folders, picture_path(self.picture, image))
+            picture = self.folders.resolve(picture_path(self.picture, str(image)))
             id = want_id(sentence, "sent_id") if "sent_id" in sentence else id
-        except RowError as error:
+        except BadRow as error:
             fault = Fault(source=self.name, row=row, id=id, code=error.code, reason=error.reason)
             raise SampleError(fault) from None
         messages = messages_of([("", phrase)])
@@ -151,7 +153,7 @@ def open_refcoco(
 
 
 def _beside(refs: str) -> str:
-    return files.join(refs.rpartition("/")[0] or ".", "instances.json")
+    return files.join(beside(refs), "instances.json")
 
 
 def _expressions(path: str, split: str) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -172,16 +174,26 @@ def _in_split(of_ref: Any, wanted: str) -> bool:
     return wanted in ("all", of_ref) or (wanted == "test" and isinstance(of_ref, str) and "test" in of_ref)
 
 
-def _columns(rows: Rows, read: Any) -> tuple[np.ndarray, np.ndarray]:
+def _bbox(row: Any) -> list[float]:
+    box = want(row, "bbox", list)
+    if len(box) != 4:
+        raise BadRow(f"bbox is {box!r:.60}, expected x, y, width, height")
+    return [want({"bbox": number}, "bbox", float) for number in box]
+
+
+def _size(row: Any) -> list[int]:
+    return [want(row, "width", int), want(row, "height", int)]
+
+
+def _columns(rows: Rows, read: Callable[[Any], list[Any]]) -> tuple[np.ndarray, np.ndarray]:
     ids, values = [], []
     for number in range(len(rows)):
         try:
             row = rows[number][1]
             ids.append(want(row, "id", int))
             values.append(read(row))
-        except (RowError, KeyError, TypeError, ValueError) as error:
-            place = ".".join(rows.place[:-1])
-            raise ValueError(f"{rows.path}: {place} {number} cannot be used: {error}") from None
+        except BadRow as error:
+            raise ValueError(f"{rows.path}: {rows.place[0]} {number} cannot be used: {error.reason}") from None
     order = np.argsort(ids, kind="stable")
     return np.array(ids, np.int64)[order], np.array(values)[order]
 
@@ -189,5 +201,5 @@ def _columns(rows: Rows, read: Any) -> tuple[np.ndarray, np.ndarray]:
 def _found(ids: np.ndarray, values: np.ndarray, wanted: int) -> np.ndarray:
     at = int(np.searchsorted(ids, wanted))
     if at == len(ids) or int(ids[at]) != wanted:
-        raise RowError(f"the instances file has no {wanted}")
+        raise BadRow(f"the instances file has no {wanted}")
     return values[at]

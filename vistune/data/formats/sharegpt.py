@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import RowError, Rows, digest, want
+from vistune.data.json_members import BadRow, Rows, digest, want
 from vistune.samples import Fault, Message, Role, Sample, SampleError
 
 ROLES: dict[str, Role] = {
@@ -42,7 +42,7 @@ class ShareGpt:
                 id = str(value["id"])
             turns = want(value, "items" if isinstance(value, dict) and "items" in value else "conversations", list)
             messages = tuple(_message(number, turn) for number, turn in enumerate(turns))
-        except RowError as error:
+        except BadRow as error:
             fault = Fault(source=self.name, row=row, id=id, code=error.code, reason=error.reason)
             raise SampleError(fault) from None
         return Sample(id=id, source=self.name, row=row, messages=messages)
@@ -54,7 +54,7 @@ class ShareGpt:
 def _message(number: int, turn: Any) -> Message:
     speaker = want(turn, "from", str)
     if speaker not in ROLES:
-        raise RowError(f"turn {number} is from {speaker!r}, expected one of {', '.join(ROLES)}", "role_order")
+        raise BadRow(f"turn {number} is from {speaker!r}, expected one of {', '.join(ROLES)}", "role_order")
     return Message(role=ROLES[speaker], text=want(turn, "value", str))
 
 

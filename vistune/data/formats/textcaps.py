@@ -11,7 +11,7 @@ from typing import Any
 
 from vistune.data.annotations import Annotation, Annotations, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import Lookup, RowError, Rows, want, want_id
+from vistune.data.json_members import BadRow, Lookup, Rows, want, want_id
 
 PICTURE = "textvqa/train_images/{id}.jpg"
 
@@ -47,7 +47,7 @@ def _tokens(row: dict[str, Any]) -> list[str]:
         return [want(found, "word", str) for found in want(row, "ocr_info", list)]
     tokens = want(row, "ocr_tokens", list)
     if not all(isinstance(token, str) for token in tokens):
-        raise RowError(f"ocr_tokens of picture {row.get('image_id')} are no texts")
+        raise BadRow(f"ocr_tokens of picture {row.get('image_id')} are no texts")
     return tokens
 
 

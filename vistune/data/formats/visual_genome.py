@@ -11,7 +11,7 @@ from typing import Any
 
 from vistune.data.annotations import Annotation, Annotations, option
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import Lookup, RowError, Rows, want, want_id
+from vistune.data.json_members import BadRow, Lookup, Rows, want, want_id
 
 
 class Regions(Annotations):
@@ -28,7 +28,7 @@ class Regions(Annotations):
         about = self.pictures.get(image)
         place = want(about, "url", str).split("/")[-2:]  # https://.../VG_100K_2/1.jpg
         if len(place) != 2 or not place[0].startswith("VG_"):
-            raise RowError(f"picture {image} has the address {about['url']!r}, which names no folder VG_100K")
+            raise BadRow(f"picture {image} has the address {about['url']!r}, which names no folder VG_100K")
         return Annotation(
             id=want_id(row, "region_id"),
             picture="/".join([*filter(None, [self.folder]), *place]),

@@ -36,7 +36,9 @@ def rounds_of(sample: Sample) -> Rounds | None:
         return None
     pairs = [(question.text, answer.text) for question, answer in zip(questions, answers, strict=True)]
     notes = sample.notes.get("rounds")
-    return Rounds(system, pairs, notes if notes and len(notes) == len(pairs) else [sample.notes] * len(pairs))
+    if not isinstance(notes, tuple) or len(notes) != len(pairs):  # a file's own note of that name is a list
+        notes = (sample.notes,) * len(pairs)
+    return Rounds(system, pairs, notes)
 
 
 def with_rounds(sample: Sample, rounds: Rounds, **changes: Any) -> Sample:

@@ -105,10 +105,10 @@ class Transformed:
         try:
             made = self.step.make(samples, row, self._table.part(row) if self._table else 0)
         except Unfit as error:
-            reason = f"{self.step.do}: {error.reason} (row {_rows(samples[0])[0]} of the file)"
+            reason = f"{self.step.do}: {error.reason} (row {self._rows(samples[0])[0]} of the file)"
             fault = Fault(source=self.name, row=row, id=samples[0].id, code=error.code, reason=reason)
             raise SampleError(fault) from None
-        rows = tuple(file_row for sample in samples for file_row in _rows(sample))
+        rows = tuple(file_row for sample in samples for file_row in self._rows(sample))
         return replace(made, row=row, notes={**made.notes, "rows": rows})
 
     def fingerprint(self) -> str:
@@ -131,6 +131,10 @@ class Transformed:
             fault = replace(error.fault, row=row, reason=error.fault.reason + told)
             raise SampleError(fault) from None
 
+    def _rows(self, sample: Sample) -> tuple[int, ...]:
+        rows: tuple[int, ...] = sample.notes["rows"] if isinstance(self.parent, Transformed) else (sample.row,)
+        return rows
+
     def _made(self, workers: int) -> Table | None:
         table = self.step.table(Scan(self.parent, self.step.do, workers))
         if table is not None and len(self.parent) and not len(table):
@@ -140,11 +144,6 @@ class Transformed:
             total = f"{sum(table.left_out.values()):,} of {len(self.parent):,}"
             console.say(f"{self.name}: {self.step.do} leaves out {total} rows: {reasons}")
         return table
-
-
-def _rows(sample: Sample) -> tuple[int, ...]:
-    rows: tuple[int, ...] = sample.notes.get("rows", (sample.row,))
-    return rows
 
 
 def _write(table: Table | None, folder: Path) -> None:

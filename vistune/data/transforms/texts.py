@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from string import ascii_uppercase
 from typing import Any, Literal
 
@@ -69,6 +70,8 @@ class Prompt(Step):
             return marks + _lines(question, listed, LETTER if told else ""), letter
         if form == "caption":
             tokens = notes.get("ocr_tokens") if self.ocr else None
+            if tokens and not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
+                raise Unfit(f"note ocr_tokens is {tokens!r:.60}, expected a list of texts")
             read = OCR + ", ".join(tokens) if tokens else ""
             return marks + _lines(question, CAPTION if told else "", read), answer
         phrase, box = _phrase(notes, answer), box_text(notes, square=self.square)
@@ -91,10 +94,10 @@ def box_text(notes: Mapping[str, Any], *, square: bool = True) -> str:
     try:
         x1, y1, x2, y2 = (float(number) for number in notes["box"])
         width, height = int(notes["width"]), int(notes["height"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Unfit(f"notes box, width and height are needed, in pixels: {type(error).__name__}: {error}") from None
-    if min(width, height) <= 0:
-        raise Unfit(f"the picture's size is {width} x {height}")
+    if min(width, height) <= 0 or not all(isfinite(number) for number in (x1, y1, x2, y2)):
+        raise Unfit(f"the picture's size is {width} x {height}, its box {notes['box']!r:.60}")
     side = max(width, height)
     left, above = ((side - width) // 2, (side - height) // 2) if square else (0, 0)
     across, down = (side, side) if square else (width, height)
