@@ -69,7 +69,8 @@ def check(
     os.replace(beside, out / "summary.json")
     report = Report(out, summary)
     page.check_page(report, readers, out / "index.html", workers=workers)
-    shutil.rmtree(work)
+    for old in out.glob(".work-*"):  # also of a check of data that have changed since
+        shutil.rmtree(old)
     return report
 
 
