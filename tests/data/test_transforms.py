@@ -393,6 +393,38 @@ def test_answers_are_cut_as_the_reference_cuts_them(case):
     assert len(CUT) == 4
 
 
+EVERY_STEP = [
+    step("merge_by_image", apart="kind"),
+    step("split_turns", rounds=2),
+    step("repeat_choices"),
+    step("repeat_choices", rotate=True),
+    step("sample", n=2),
+    step("per_image", n=1),
+    step("drop_invalid", drops=["no_answer"]),
+    step("shorten", words=2),
+    step("cut_answers", characters=2),
+    *[step("prompt", form=form) for form in ("short", "letter", "caption", "region", "box", "region_or_box")],
+    step("caption_to_conversation"),
+]
+ODD: list[Any] = [None, 3, -1, 1e400, float("nan"), True, "text", "", [], [1, 2, 3, 4], [None] * 4, {}, ["x", "y"]]
+NOTES = ("rows", "rounds", "choices", "answer", "ocr_tokens", "box", "width", "height", "phrase", "repeat", "kind")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(NOTES), st.sampled_from(ODD), max_size=8), min_size=2, max_size=4),
+    st.lists(st.sampled_from(EVERY_STEP), min_size=1, max_size=3),
+)
+def test_odd_notes_of_a_file_give_faults_and_nothing_worse(notes, steps):
+    reader = made(*[talk("Who? Where?", "A cat. A dog.", "Why?", "So.", image="a", **each) for each in notes])
+    derived = apply(reader, steps)
+    for row in range(len(derived)):
+        try:
+            check_marks(derived[row])
+        except SampleError as error:
+            assert error.fault.row == row and "of the file)" in error.fault.reason
+
+
 # ---- what the docs say ------------------------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[2] / "docs" / "mixing.md"

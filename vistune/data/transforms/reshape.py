@@ -161,7 +161,7 @@ class RepeatChoices(Step):
         sample = samples[0]
         choices, answer = sample.notes.get("choices"), sample.notes.get("answer")
         notes = {**sample.notes, "repeat": part}
-        if self.rotate and choices:
+        if self.rotate and isinstance(choices, list | tuple) and choices:
             if not isinstance(answer, int) or not 0 <= answer < len(choices):
                 raise Unfit(f"note answer is {answer!r}, which is none of its {len(choices)} options")
             if sample.notes.get("prompted"):
