@@ -308,6 +308,12 @@ def test_invalid_conversations_are_dropped_counted_and_named(capsys):
     assert f"drop_invalid leaves out {len(samples) + 1} of {len(reader)} rows" in said and "role_order 1" in said
 
 
+def test_the_same_words_about_another_picture_are_no_duplicate():
+    reader = made(*[talk("What is it?", "A cat", image=image) for image in "abab"], talk("What is it?", "A cat"))
+    derived = apply(reader, [step("drop_invalid")])
+    assert [sample.notes["rows"] for sample in everything(derived)] == [(0,), (1,), (4,)]
+
+
 def test_what_is_dropped_can_be_chosen():
     reader = made(*VALID, talk("Who made you?", "OpenAI did."), None)
     assert len(apply(reader, [step("drop_invalid", words=["openai"])])) == len(VALID) + 1

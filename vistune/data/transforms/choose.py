@@ -148,8 +148,9 @@ class DropInvalid(Step):
         return Table(np.flatnonzero(why == 0), left_out=_some(counts))
 
     def look(self, sample: Sample) -> tuple[int, int]:
-        """(1 + place of the reason in `drops`, or 0; a hash of what is said)."""
-        said = signed(hash64("\0".join(f"{message.role}\0{message.text}" for message in sample.messages)))
+        """(1 + place of the reason in `drops`, or 0; a hash of what is said, and of the pictures)."""
+        turns = "\0".join(f"{message.role}\0{message.text}" for message in sample.messages)
+        said = signed(hash64(f"{image_key(sample.images)}\0{turns}"))
         for reason in self.drops:
             fits = self._has_word if reason == "words" else _FITS.get(reason)
             if fits is not None and fits(sample):
