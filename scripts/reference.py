@@ -172,7 +172,11 @@ def kind_of(kind: Any) -> str:
         return " or ".join(kind_of(one) for one in inside if one is not type(None))
     if origin is tuple:
         return f"list of {len(inside)} {kind_of(inside[0])}s"
+    if origin is dict:
+        return "table"
     if origin is list:
+        if get_origin(inside[0]) is dict:
+            return "list of tables"
         return "tables" if issubclass(model_of(kind), Section) else f"list of {kind_of(inside[0])}"
     raise TypeError(f"no words for the type {kind}")
 

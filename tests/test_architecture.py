@@ -64,7 +64,7 @@ LATE_FILES = dict.fromkeys(
     ("cli.py", "cli_data.py"), "a verb imports its room when it is asked for, so that --help answers at once"
 )
 
-SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers", "yaml": "transformers"}
+SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers", "yaml": "pyyaml"}
 """Import name -> the dependency in pyproject.toml that brings it, where the names differ."""
 
 NO_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc", "manager", "base", "v2"}

@@ -137,6 +137,8 @@ def convert(
     pack: Annotated[int, typer.Option(help="Pack samples into rows of so many tokens; for --to energon.")] = 0,
     tokenizer: Tokenizer = "",
     template: Template = "",
+    seed: Annotated[int, typer.Option(help="Of the order of packs.")] = 0,
+    workers: Workers = 2,
     json: Json = False,
 ) -> None:
     """Write any format as any other. With --pack, packed offline into WebDataset shards that megatron-energon opens.
@@ -158,7 +160,7 @@ def convert(
         template=template,
         length=pack or 2048,
     )
-    report = room.convert(opened.readers[0], out, to, pack=pack, language=opened.language)
+    report = room.convert(opened.readers[0], out, to, pack=pack, language=opened.language, workers=workers, seed=seed)
     if json:
         console.print_json(report)
     else:
@@ -208,13 +210,13 @@ def prepare(
 
 @app.command()
 def generate(
-    rows: Annotated[Path, typer.Argument(help="JSON lines of captions and boxes, or COCO's caption annotations.")],
+    rows: Annotated[str, typer.Argument(help="JSON lines of captions and boxes, or COCO's caption annotations.")],
     kind: Annotated[Literal["conversation", "detail", "reasoning"], typer.Option(help="What is made.")],
     out: Annotated[Path, typer.Option(help="LLaVA JSON lines to write, or to go on with.")],
     url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
     model: Annotated[str, typer.Option(help="The endpoint's name of the teacher.")],
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
-    boxes: Annotated[Path | None, typer.Option(help="COCO's instance annotations, beside its captions.")] = None,
+    boxes: Annotated[str, typer.Option(help="COCO's instance annotations, beside its captions.")] = "",
     prompts: Annotated[Path | None, typer.Option(help="Folder with prompts of your own.")] = None,
     folder: Annotated[str, typer.Option(help="Put before the pictures' paths, such as coco/train2017.")] = "",
     option: Annotated[list[str] | None, typer.Option(help="Into each request, such as temperature=0.2.")] = None,
@@ -235,7 +237,7 @@ def generate(
         model=model,
         api_key_env=api_key_env,
         out=out,
-        boxes=boxes,
+        boxes=boxes or None,
         prompts=prompts,
         folder=folder,
         options=room.read_options(option or []),

@@ -115,6 +115,7 @@ def plan_of(recipe: Recipe, index: Index) -> Plan:
         steps=recipe.train.steps,
         shares=[Share(epochs=s.epochs, weight=s.weight, cap=s.cap) for s in sources_of(recipe.data)],
         images_per_pack=recipe.data.images_per_pack,
+        block=recipe.data.block,
         group=recipe.data.group,
         micro_batch=recipe.train.micro_batch,
         workers=recipe.data.workers,

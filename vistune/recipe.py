@@ -51,6 +51,7 @@ class Data(Section):
     sources: list[Source] = Field(min_length=1, description="tables [[data.sources]], one a file")
     length: int = Field(2048, ge=8, description="longer samples are shortened at a turn")
     pack: bool = Field(True, description="several samples in one row, each seeing itself only")
+    block: int = Field(1, ge=1, description="neighbouring rows that stay near in the order; for remote shards, 1024")
     images_per_pack: int = Field(0, ge=0, description="no pack has more images; 0: no limit")
     pad: Literal["least", "length"] = Field("least", description="length: every pack is padded to data.length")
     group: Literal["none", "modality", "length"] = Field(

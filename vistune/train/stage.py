@@ -108,6 +108,10 @@ def read_data(recipe: Recipe, loaded: models.Loaded, folder: Path) -> Data:
 def _show_plan(recipe: Recipe, index: Index, plan: Plan) -> None:
     facts = plan.describe()
     console.table("the data", ("what", "value"), [(k.replace("_", " "), _number(v)) for k, v in facts.items()])
+    if len(sources := inputs.sources_of(recipe.data)) > 1:
+        names = [source.name or Path(source.path).name for source in sources]
+        each = zip(names, plan.order.good, plan.order.taken, strict=True)
+        console.table("an epoch", ("source", "usable", "samples"), [(n, f"{g:,}", f"{t:,}") for n, g, t in each])
     if index.faults:
         console.warn(f"{len(index.faults)} of {len(index)} rows are set aside; see quarantine.jsonl in the run folder")
 
