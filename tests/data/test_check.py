@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 import zlib
 from collections import Counter
@@ -20,6 +21,7 @@ from vistune.data import check as room
 from vistune.data import check_pictures, check_rows, guarded
 from vistune.data.check import check
 from vistune.data.check_sum import _first
+from vistune.data.fix import fix
 from vistune.data.formats import open_source
 from vistune.data.tokenize import tokenize
 from vistune.samples import Image, Message, Sample
@@ -183,7 +185,7 @@ def test_a_picture_that_hangs_or_kills_its_process_stops_nothing(write_rows, pic
         if image.path.endswith("b.jpg"):
             time.sleep(60)
         if image.path.endswith("c.png"):
-            os.abort()
+            os.kill(os.getpid(), signal.SIGKILL)
         return real(image)
 
     monkeypatch.setattr(check_pictures, "open_image", treacherous)
@@ -295,6 +297,25 @@ def test_pictures_behind_a_uri(tmp_path):
     assert other.code == "image_extension" and other.image.path == "memory://check/a.png"
     assert check_pictures.locate(Image(path="memory://check/b.jpg")).code == "image_missing"
     assert check_pictures.locate(Image(path="nosuch://check/b.jpg")).code == "image_missing"
+
+
+def test_another_extension_in_another_folder(write_rows, pictures, tmp_path):
+    other = tmp_path / "other"
+    (other / "sub").mkdir(parents=True)
+    shutil.copy(pictures / "a.png", other / "sub" / "there.png")
+    shutil.copy(pictures / "torn.jpg", other / "torn2.jpeg")
+    rows = [row("there", "sub/there.jpg"), row("torn", "torn2.jpg"), row("nowhere", "sub/nowhere.jpg")]
+    source = open_source(str(write_rows(rows)), images=[str(pictures), str(other)])
+    report = check([source], None, 100, out=tmp_path / "out", workers=1)
+    assert codes_of(report) == {
+        0: ["image_extension"],
+        1: ["image_extension", "image_truncated"],
+        2: ["image_missing"],
+    }
+    copy = fix([source], report, tmp_path / "fixed")["sources"][0]
+    again = open_source(copy["path"], images=copy["images"])
+    assert len(again) == 1 and again[0].images[0].path == str(other / "sub" / "there.png")
+    assert check([again], None, 100, out=tmp_path / "again", workers=1).summary["codes"] == {}
 
 
 def test_first_of_equal_values():

@@ -123,7 +123,8 @@ class _PictureJudge:
 
     def __call__(self, place: tuple[int, int, int]) -> Verdict:
         source, row, nth = place
-        located = pictures.locate(self.readers[source][row].images[nth])
+        reader = self.readers[source]
+        located = pictures.locate(reader[row].images[nth], pictures.folders_of(reader))
         if located.image is None:
             return Verdict(found=((located.code, located.message),))
         return pictures.judge(located.image, decode=self.decode, layout=self.layout)

@@ -11,6 +11,7 @@ import stat
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from vistune import files
 from vistune.images import MAX_PIXELS, ImageError, Layout, image_header, open_image
@@ -56,8 +57,27 @@ class Verdict:
     height: int = 0
 
 
-def locate(image: Image) -> Located:
-    """Whether the picture is there, under its own name or another extension. Opens nothing."""
+def folders_of(reader: Any) -> tuple[str, ...]:
+    """The folders in which the reader looks for pictures; none for a reader that does not look."""
+    return tuple(getattr(getattr(reader, "folders", None), "all", ()))
+
+
+def locate(image: Image, folders: tuple[str, ...] = ()) -> Located:
+    """Whether the picture is there, under its own name or another extension, there or in another of `folders`.
+
+    What is in no folder stands in the first, as its reader says. Opens nothing.
+    """
+    located = _locate(image)
+    inside = f"{folders[0].rstrip('/')}/" if folders else ""
+    if located.code == "image_missing" and inside and image.path.startswith(inside):
+        for folder in folders[1:]:
+            other = _locate(replace(image, path=files.join(folder, image.path.removeprefix(inside))))
+            if other.code == "image_extension":
+                return other
+    return located
+
+
+def _locate(image: Image) -> Located:
     if image.data is not None:
         return Located(image=image) if image.data else _broken("no bytes")
     if not image.path:

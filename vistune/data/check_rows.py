@@ -103,7 +103,7 @@ def judge_row(reader: Reader, number: int, row: int, language: Language | None, 
         said = finding(reader.name, number, row, sample.id, code, message, path)
         judged.findings.append(replace(said, found=found))
 
-    there = _judge_files(sample, judged, say)
+    there = _judge_files(sample, pictures.folders_of(reader), judged, say)
     judged.values |= {"images": min(len(sample.images), 65535), "id": _hash(sample.id), "content": _content(sample)}
     if _lacks_id(reader, sample):
         judged.values["nameless"] = True
@@ -130,11 +130,11 @@ def judge_row(reader: Reader, number: int, row: int, language: Language | None, 
 WITHOUT_ID = "the row has no id; it is called by its number"
 
 
-def _judge_files(sample: Sample, judged: Judged, say: Any) -> Sample | None:
+def _judge_files(sample: Sample, folders: tuple[str, ...], judged: Judged, say: Any) -> Sample | None:
     """The sample with every picture where it really is; None when one is nowhere."""
     images: list[Image] = []
     for nth, image in enumerate(sample.images):
-        located = pictures.locate(image) if image.data is not None else _locate(image)
+        located = pictures.locate(image) if image.data is not None else _locate(image, folders)
         if located.code:
             say(located.code, located.message, image.path, located.image.path if located.image else "")
         if located.image is not None:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from vistune import files
 from vistune.console import progress
 from vistune.data.check_pictures import FORMATS as PICTURE_FORMATS
-from vistune.data.check_pictures import locate
+from vistune.data.check_pictures import folders_of, locate
 from vistune.data.findings import Finding, Report, finding
 from vistune.data.formats import FORMATS, Reader
 from vistune.data.formats.llava_json import LlavaJson
@@ -129,10 +129,11 @@ class _Copy:
         """Any other format: the samples through its writer."""
         format = _format_of(self.reader)
         target = self.new / _free(Path(self.reader.name).name, taken)
+        folders = folders_of(self.reader)
         with open_writer(format, target) as writer:
             for row, _ in self.good():
                 sample = self.reader[row]
-                images = [located.image or image for image in sample.images for located in (locate(image),)]
+                images = [located.image or image for image in sample.images for located in (locate(image, folders),)]
                 try:
                     writer.add(replace(sample, images=tuple(images)))
                 except (NotHeld, ImageError) as error:
@@ -165,7 +166,7 @@ class _Copy:
         return raw
 
     def _right_path(self, old: str, image: Image, found: Sequence[Finding]) -> str:
-        located = locate(image).image
+        located = locate(image, folders_of(self.reader)).image
         assert located is not None, "a row with a missing picture is left out"
         if located != image:
             old = os.path.splitext(old)[0] + os.path.splitext(located.path)[1]

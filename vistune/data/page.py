@@ -179,15 +179,15 @@ class _Exemplify:
             raw = getattr(reader, "raw", None)
             return Example(found, raw(found.row)[:_EXCERPT].decode("utf-8", "replace") if raw else "")
         excerpt = "\n".join(f"{message.role}: {message.text}" for message in sample.messages)[:_EXCERPT]
-        return Example(found, excerpt, *_thumbnail(sample, found))
+        return Example(found, excerpt, *_thumbnail(sample, found, pictures.folders_of(reader)))
 
 
-def _thumbnail(sample: Sample, found: Finding) -> tuple[str, str]:
+def _thumbnail(sample: Sample, found: Finding, folders: tuple[str, ...]) -> tuple[str, str]:
     """The picture that the finding is about, else the row's first; or why there is none."""
     images = [image for image in sample.images if found.path and image.path == found.path] or list(sample.images)
     if not images:
         return "", ""
-    image = pictures.locate(images[0]).image
+    image = pictures.locate(images[0], folders).image
     if image is None:
         return "", "no picture"
     # What is left of a torn picture shows what it was. This process makes thumbnails and nothing else.
