@@ -62,6 +62,8 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.space = prefixes(tokenizer)
         self.legacy = self.space != "none" and bool(getattr(tokenizer, "legacy", False))
+        none = np.zeros(0, np.int64)
+        self._opening: tuple[str | None, Tokens] = None, (none, none, none)
         self._hidden = {IMAGE_MARK, placeholder or IMAGE_MARK, getattr(tokenizer, "image_token", None) or IMAGE_MARK}
 
     def encode(self, text: str, *, has_images: bool, whole: bool = False, cuts: Sequence[int] = ()) -> Tokens:
@@ -85,7 +87,9 @@ class TextEncoder:
         return ids, starts, ends
 
     def _part(self, text: str, position: int, *, first: bool) -> Tokens:
-        ids, starts, ends = self.chunk(text)
+        if first and text != self._opening[0]:
+            self._opening = text, self.chunk(text)  # what stands before the first image is nearly always the same
+        ids, starts, ends = self._opening[1] if first else self.chunk(text)
         skip = 0 if first or not self._adds_bos else 1
         return ids[skip:], starts[skip:] + position, ends[skip:] + position
 
