@@ -8,7 +8,9 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -165,6 +167,35 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(many, tmp_path, language,
     assert all((index.columns[name] == whole.columns[name]).all() for name in COLUMNS)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [index.folder.name]
     assert not (index.folder / "lock").exists()
+
+
+def test_workers_of_a_killed_build_leave_and_hold_no_lock(many, tmp_path, language, monkeypatch, small_chunks):
+    def slow(*args, **kwargs):
+        (tmp_path / f"{os.getpid()}.pid").touch()
+        time.sleep(600)
+
+    monkeypatch.setattr("vistune.data.index.tokenize", slow)
+    fork = multiprocessing.get_context("fork")
+    killed = fork.Process(target=build_index, args=([many], language, 120, tmp_path / "cache"), kwargs={"workers": 1})
+    killed.start()
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("*.pid"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    worker = int(found[0].stem)
+    assert worker != killed.pid
+    monkeypatch.setattr("vistune.data.index.tokenize", tokenize)
+    assert len(build_index([many], language, 120, cache=tmp_path / "cache")) == 700
+    while runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(worker)
+
+
+def runs(process: int) -> bool:
+    """Whether it is there and no zombie that nobody has reaped."""
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_a_build_that_was_killed_goes_on_too(many, tmp_path, language, monkeypatch, small_chunks):

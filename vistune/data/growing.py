@@ -212,15 +212,18 @@ def claimed(folder: Path, version: tuple[int, int] | None) -> Iterator[Path | No
 
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
-    """Alone with `part`, which is made if need be. The kernel frees the lock of a process that dies."""
+    """Alone with `part`, which is made if need be. The kernel frees the lock of a process that dies.
+
+    It is a lock of the process, which its workers do not inherit.
+    """
     while True:
         part.mkdir(parents=True, exist_ok=True)
         with open(part / "lock", "a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 console.say(f"another process makes this index ({part}); waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
             if _is_still(lock, part / "lock"):
                 yield
                 return

@@ -20,7 +20,7 @@ import numpy as np
 from vistune.console import progress
 from vistune.data.formats import Reader
 from vistune.data.growing import COLUMNS, FORMAT, Faults, Growing, Measured, claimed, version_of
-from vistune.data.processes import context
+from vistune.data.processes import context, leave_with_parent
 from vistune.data.tokenize import Language, tokenize
 from vistune.samples import Fault, FaultCode, SampleError
 
@@ -165,6 +165,7 @@ _measure_here: _Measure | None = None  # a worker's own
 def _start_worker(measure: _Measure) -> None:
     global _measure_here
     _measure_here = measure
+    leave_with_parent()
 
 
 def _in_worker(chunk: tuple[int, int, int]) -> Measured:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from multiprocessing.context import BaseContext
 
 
@@ -14,3 +16,15 @@ def context() -> BaseContext:
     wanted = os.environ.get("VISTUNE_WORKERS", "fork")
     methods = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context(wanted if wanted in methods else "spawn")
+
+
+def leave_with_parent() -> None:
+    """Called in a worker: it ends soon after its parent, even one that was killed and could not say so."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="leave with parent", daemon=True).start()
