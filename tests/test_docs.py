@@ -104,7 +104,10 @@ collect(typer.main.get_command(app))
 @each_page
 def test_commands_in_the_docs_exist(page: Path) -> None:
     text = re.sub(r"\\\n", " ", page.read_text(encoding="utf-8"))
-    typed = re.findall(r"(?:^|[`\s])(?:-m )?vistune ((?:[a-z][a-z-]*)(?: (?:show|check|convert|prepare|generate|verify))?)([^`\n]*)", code(text))
+    typed = re.findall(
+        r"(?:^|[`\s])(?:-m )?vistune ((?:[a-z][a-z-]*)(?: (?:show|check|convert|prepare|generate|verify))?)([^`\n]*)",
+        code(text),
+    )
     for words, rest in typed:
         name = words if words in COMMANDS else words.split()[0]
         assert name in COMMANDS, f"`vistune {words}`: no such command"

@@ -65,14 +65,18 @@ def check(
         workers=workers,
         decode=decode,
         expect=opened.expect,
+        cap=opened.recipe.data.quarantine_cap if opened.recipe else 0.001,
     )
-    facts = report.as_dict()
-    if fix:
-        facts["fixed"] = mending.fix(opened.readers, report, fix)
+    fixed = mending.fix(opened.readers, report, fix) if fix else None
     if json:
-        console.print_json(facts)
+        console.print_json(report.as_dict() | ({"fixed": fixed} if fixed else {}))
     else:
         report.show()
+    if fixed:
+        counts = ", ".join(f"{fixed[key]:,} {key.replace('_', ' ')}" for key in ("kept", "mended", "left_out"))
+        console.say(f"corrected copy: {fix} ({counts}; reasons in left_out.jsonl)")
+        for one in fixed["sources"]:
+            console.say(f"  path = {one['path']!r}, images = {one['images']!r}")
     if not report.ok:
         raise typer.Exit(1)
 

@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
     ]
 )
-_ROWS, _BYTES = 1000, 64 << 20  # of one row group: what is held, and what a reader must fetch for one row
+_ROWS, _BYTES = 1000, 8 << 20  # of one row group: what is held, and what a reader must fetch for one row
 
 
 class MessagesParquet:
