@@ -28,7 +28,7 @@ from megatron.energon import DefaultTaskEncoder, Sample, SampleDecoder, WorkerCo
 from megatron.energon.edataclass import edataclass
 
 from vistune.data.formats import Reader, open_source
-from vistune.data.picture_bytes import read_picture
+from vistune.data.reading.picture_bytes import read_picture
 from vistune.images import open_image
 from vistune.samples import SampleError
 

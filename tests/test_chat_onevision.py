@@ -15,9 +15,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vistune.chat import ChatError, TextEncoder, chat_template, check_fits, encode, template
+from vistune.data.checking.show import labels
 from vistune.data.formats import open_source
 from vistune.data.packing import best_fit
-from vistune.data.show import labels
 from vistune.data.tokenize import Language, Tokens, tokenize
 from vistune.data.transforms import apply
 from vistune.images import image_size

@@ -41,8 +41,8 @@ def check(
 
     Writes findings.jsonl, summary.json and index.html. Exit code 1 when a run on this data would fail."""
     from vistune import inputs
-    from vistune.data import check as room
-    from vistune.data import fix as mending
+    from vistune.data.checking import check as room
+    from vistune.data.checking import fix as mending
 
     if json:
         console.only_json()
@@ -102,8 +102,8 @@ def show(
     from json import dumps
 
     from vistune import inputs
-    from vistune.data import page
-    from vistune.data import show as room
+    from vistune.data.checking import page
+    from vistune.data.checking import show as room
 
     if not target.endswith(".toml") and not tokenizer:
         raise ValueError(f"{target}: to show a data file as training sees it, --tokenizer DIR is needed")
@@ -149,7 +149,7 @@ def convert(
 
     What the target cannot hold is named in left_out.jsonl, never dropped in silence."""
     from vistune import inputs
-    from vistune.data import convert as room
+    from vistune.data.converting import convert as room
 
     if json:
         console.only_json()
@@ -187,7 +187,7 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Fetch a published data set with its pictures: resumed, checked, unpacked, counted."""
-    from vistune.data import prepare as room
+    from vistune.data.fetching import prepare as room
 
     if json:
         console.only_json()
@@ -230,7 +230,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Have a text model write conversations, descriptions or reasoning about pictures from captions and boxes."""
-    from vistune.data import synthesize as room
+    from vistune.data.teaching import synthesize as room
 
     if json:
         console.only_json()

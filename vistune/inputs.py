@@ -13,8 +13,8 @@ from vistune import chat, ranks
 from vistune import recipe as recipes
 from vistune.data.formats import Reader, open_source
 from vistune.data.index import Index, build_index
-from vistune.data.metadataset import expand, is_metadataset
 from vistune.data.plan import Plan
+from vistune.data.reading.metadataset import expand, is_metadataset
 from vistune.data.shares import Share
 from vistune.data.tokenize import Language
 from vistune.data.transforms import apply

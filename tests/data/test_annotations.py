@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistune.data.formats import open_source
-from vistune.data.json_members import BadRow, Lookup, Rows, find_members
+from vistune.data.reading.json_members import BadRow, Lookup, Rows, find_members
 from vistune.data.tokenize import check_marks
 from vistune.data.transforms import apply
 from vistune.samples import Sample, SampleError

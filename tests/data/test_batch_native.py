@@ -191,6 +191,6 @@ def test_a_language_that_has_encoded_is_as_small_to_send(language):
     fresh = make_language.__wrapped__("qwen2_like", "qwen_2")
     before = len(pickle.dumps(fresh))
     encoded = fresh.encoder.encode("<image> a", has_images=True)
-    assert len(pickle.dumps(fresh)) < before + 100
+    assert len(pickle.dumps(fresh)) < before + 500
     again = pickle.loads(pickle.dumps(fresh)).encoder.encode("<image> a", has_images=True)
     assert all(np.array_equal(a, b) for a, b in zip(encoded, again, strict=True))

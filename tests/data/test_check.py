@@ -17,11 +17,13 @@ import PIL.Image
 import pytest
 from conftest import make_language, turns
 
-from vistune.data import check as room
-from vistune.data import check_pictures, check_rows, guarded
-from vistune.data.check import check
-from vistune.data.check_sum import _first
-from vistune.data.fix import fix
+from vistune.data.checking import check as room
+from vistune.data.checking import guarded
+from vistune.data.checking import pictures as check_pictures
+from vistune.data.checking import rows as check_rows
+from vistune.data.checking.check import check
+from vistune.data.checking.fix import fix
+from vistune.data.checking.summary import _first
 from vistune.data.formats import open_source
 from vistune.data.tokenize import tokenize
 from vistune.samples import Image, Message, Sample

@@ -14,7 +14,7 @@ import pytest
 from conftest import make_language, turns
 
 from vistune import files
-from vistune.data.convert import convert
+from vistune.data.converting.convert import convert
 from vistune.data.formats import open_source
 from vistune.data.tokenize import tokenize
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback import Page, Server, serving
 
-from vistune.data import download as module
-from vistune.data.download import DownloadError, Patience, asked_to_wait, download
-from vistune.data.threads import Stopped
-from vistune.data.unpack import is_whole_zip
+from vistune.data.fetching import download as module
+from vistune.data.fetching.download import DownloadError, Patience, asked_to_wait, download
+from vistune.data.fetching.threads import Stopped
+from vistune.data.fetching.unpack import is_whole_zip
 
 BODY = np.random.default_rng(0).bytes(200_000)
 SOON = Patience(timeout=5, tries=4, wait=0.001)

@@ -17,9 +17,9 @@ import pytest
 
 from vistune import files
 from vistune.data.formats import open_source
-from vistune.data.metadataset import expand
-from vistune.data.nv_meta import expand_braces, read_yaml
-from vistune.data.tar import ShardWriter
+from vistune.data.reading.metadataset import expand
+from vistune.data.reading.nv_meta import expand_braces, read_yaml
+from vistune.data.reading.tar import ShardWriter
 from vistune.images import open_image
 from vistune.samples import Message, SampleError
 

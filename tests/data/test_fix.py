@@ -11,8 +11,8 @@ import PIL.Image
 import pytest
 from conftest import turns
 
-from vistune.data.check import check
-from vistune.data.fix import fix
+from vistune.data.checking.check import check
+from vistune.data.checking.fix import fix
 from vistune.data.formats import open_source
 
 
@@ -109,7 +109,7 @@ def test_an_existing_place_is_refused_and_a_failure_leaves_nothing(write_rows, f
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="there: is there already"):
         fix([source], report, tmp_path / "there")
-    monkeypatch.setattr("vistune.data.fix._replaced", lambda *args: 1 / 0)
+    monkeypatch.setattr("vistune.data.checking.fix._replaced", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fix([source], report, tmp_path / "copy")
     assert not [path.name for path in tmp_path.iterdir() if "copy" in path.name]

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistune import files
-from vistune.data import json_rows
 from vistune.data.formats import open_source
-from vistune.data.json_rows import find_rows
+from vistune.data.reading import json_rows
+from vistune.data.reading.json_rows import find_rows
 from vistune.samples import SampleError
 
 GOOD = {"id": "x", "image": "sub/a.png", "conversations": turns("<image>\nWhat?", "Red"), "boxes": [[0, 1]], "n": 3}

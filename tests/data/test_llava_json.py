@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistune.data.formats import FORMATS, open_source, register
-from vistune.data.json_rows import find_rows
+from vistune.data.reading.json_rows import find_rows
 from vistune.data.tokenize import check_marks
 from vistune.samples import Image, Message, SampleError
 
@@ -186,7 +186,7 @@ def test_a_row_beyond_four_gigabytes(tmp_path, monkeypatch):
     with open(path, "wb") as file:  # a hole, which costs no disk; scanning it would cost time, so the place is given
         file.seek(place)
         file.write(row)
-    monkeypatch.setattr("vistune.data.json_rows.find_rows", lambda _: np.array([[place, place + len(row)]]))
+    monkeypatch.setattr("vistune.data.reading.json_rows.find_rows", lambda _: np.array([[place, place + len(row)]]))
     assert open_source(str(path))[0].id == "x"
     monkeypatch.undo()
     path.write_bytes(row + b"\n" + row)

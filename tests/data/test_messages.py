@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import turns
 
-from vistune.data import tables
 from vistune.data.formats import open_source
 from vistune.data.index import build_index
+from vistune.data.reading import tables
 from vistune.data.tokenize import check_marks
 from vistune.images import image_size
 from vistune.samples import Image, Message, SampleError

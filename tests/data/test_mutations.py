@@ -11,8 +11,8 @@ import pytest
 from conftest import make_language
 
 from tests.mutated import PICTURES, ROWS, Mutated, mutated
-from vistune.data.check import check
-from vistune.data.fix import fix
+from vistune.data.checking.check import check
+from vistune.data.checking.fix import fix
 from vistune.data.formats import open_source
 
 LENGTH = 200

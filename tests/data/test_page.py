@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from conftest import make_language, turns
 
-from vistune.data.check import check
+from vistune.data.checking.check import check
+from vistune.data.checking.page import show_page
 from vistune.data.formats import open_source
 from vistune.data.index import build_index
-from vistune.data.page import show_page
 from vistune.data.plan import Plan
 from vistune.data.tokenize import tokenize
 

@@ -15,11 +15,11 @@ import pytest
 from conftest import turns
 from loopback import Page, serving
 
-from vistune.data import archives, unpack
-from vistune.data.archives import DATASETS, HUB, DataSet, Part
-from vistune.data.download import Patience
+from vistune.data.fetching import archives, unpack
+from vistune.data.fetching.archives import DATASETS, HUB, DataSet, Part
+from vistune.data.fetching.download import Patience
+from vistune.data.fetching.prepare import prepare
 from vistune.data.formats import open_source
-from vistune.data.prepare import prepare
 
 SOON = Patience(timeout=5, tries=3, wait=0.001)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vistune.data import rename as module
-from vistune.data.rename import Change, find_changes, rename, undo
+from vistune.data.fetching import rename as module
+from vistune.data.fetching.rename import Change, find_changes, rename, undo
 
 
 def lay(root, *names):

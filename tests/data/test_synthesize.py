@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import serving
 
-from vistune.data import captioned
-from vistune.data import synthesize as room
-from vistune.data.download import Patience
+from vistune.data.fetching.download import Patience
 from vistune.data.formats import open_source
-from vistune.data.replies import Malformed, rounds
-from vistune.data.synthesize import read_prompts, synthesize
-from vistune.data.teacher import TeacherError, endpoint
+from vistune.data.teaching import captioned
+from vistune.data.teaching import synthesize as room
+from vistune.data.teaching.replies import Malformed, rounds
+from vistune.data.teaching.synthesize import read_prompts, synthesize
+from vistune.data.teaching.teacher import TeacherError, endpoint
 from vistune.data.tokenize import check_marks
 
 SOON = {"timeout": 5, "tries": 4, "wait": 0.001}

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vistune import files
-from vistune.data.tar import Files, ShardWriter, TarError, members, read_index, scan, split_name
+from vistune.data.reading.tar import Files, ShardWriter, TarError, members, read_index, scan, split_name
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "onevision15" / "webdataset"
 SHARDS = sorted(GOLDEN.rglob("*.tar"))

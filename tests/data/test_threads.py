@@ -8,7 +8,7 @@ from time import monotonic, sleep
 
 import pytest
 
-from vistune.data.threads import IN_FLIGHT, Stopped, spread
+from vistune.data.fetching.threads import IN_FLIGHT, Stopped, spread
 
 
 def test_every_item_once():
@@ -49,7 +49,7 @@ def test_stopped_from_outside():
 
 
 def test_one_that_hangs_is_left_behind(monkeypatch):
-    monkeypatch.setattr("vistune.data.threads.FAREWELL", 0.05)
+    monkeypatch.setattr("vistune.data.fetching.threads.FAREWELL", 0.05)
     begun = monotonic()
     with pytest.raises(KeyboardInterrupt):
         for _ in spread(lambda n: sleep(n), [0, 3], 2, Event()):

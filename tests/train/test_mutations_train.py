@@ -11,7 +11,7 @@ import torch
 from tests.made import made_recipe, stage0
 from tests.mutated import mutated
 from vistune import inputs
-from vistune.data.check import check
+from vistune.data.checking.check import check
 from vistune.data.index import open_index
 from vistune.train import metrics, stage
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vistune import console
-from vistune.data.processes import context
+from vistune.data.processes import context, leave_with_parent
 
 Measure = Callable[[int], Sequence[int]]
 
@@ -68,6 +68,7 @@ _measure_here: Measure | None = None  # a worker's own
 
 def _start_worker(measure: Measure) -> None:
     global _measure_here
+    leave_with_parent()
     _measure_here = measure
 
 

@@ -17,11 +17,11 @@ from typing import Any, get_args
 
 from vistune import files
 from vistune.data.formats import Reader, refuse_unknown, register
-from vistune.data.metadataset import Subset, expand, is_metadataset, read_range
-from vistune.data.nv_meta import FOLDER, Kind, Meta, read_meta
-from vistune.data.tar import Files, TarError
-from vistune.data.tar_rows import Shard, look_of, open_rows, raw_sample
-from vistune.data.tar_samples import Misread, Raw, read
+from vistune.data.reading.metadataset import Subset, expand, is_metadataset, read_range
+from vistune.data.reading.nv_meta import FOLDER, Kind, Meta, read_meta
+from vistune.data.reading.tar import Files, TarError
+from vistune.data.reading.tar_rows import Shard, look_of, open_rows, raw_sample
+from vistune.data.reading.tar_samples import Misread, Raw, read
 from vistune.samples import IMAGE_MARK, Fault, FaultCode, Message, Sample, SampleError
 
 OPTIONS = ("split", "kind", "prompts", "range", "dataset_config", "split_config")

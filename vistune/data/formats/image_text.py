@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vistune import files
-from vistune.data.columns import ColumnError, conversation, find_columns, notes
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_rows import MAX_ROW, JsonRows, RowError
-from vistune.data.listings import PICTURES, TEXTS, Listing, csv_rows, pairs
+from vistune.data.reading.columns import ColumnError, conversation, find_columns, notes
+from vistune.data.reading.json_rows import MAX_ROW, JsonRows, RowError
+from vistune.data.reading.listings import PICTURES, TEXTS, Listing, csv_rows, pairs
 from vistune.samples import IMAGE_MARK, Fault, FaultCode, Image, Sample, SampleError
 
 METADATA = ("metadata.jsonl", "metadata.csv")

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistune.data.columns import MAX_TEXT
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_rows import JsonRows, RowError, kind
-from vistune.data.pictures import LONGEST_PATH, Folders, beside
+from vistune.data.reading.columns import MAX_TEXT
+from vistune.data.reading.json_rows import JsonRows, RowError, kind
+from vistune.data.reading.pictures import LONGEST_PATH, Folders, beside
 from vistune.samples import Fault, FaultCode, Image, Message, Role, Sample, SampleError
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}

@@ -1,6 +1,6 @@
 """Conversations in tables: parquet, arrow, JSON lines, and the folders that `datasets` and the hub make of them.
 
-A row is found by its number and read alone; what its columns mean is known in `vistune.data.columns`.
+A row is found by its number and read alone; what its columns mean is known in `vistune.data.reading.columns`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from vistune import files
-from vistune.data.columns import NAMES, ColumnError, Columns, conversation, find_columns, notes
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_rows import JsonRows, RowError
-from vistune.data.pictures import Folders, PictureError, beside, picture
-from vistune.data.shard_files import find_shards
-from vistune.data.tables import Table
+from vistune.data.reading.columns import NAMES, ColumnError, Columns, conversation, find_columns, notes
+from vistune.data.reading.json_rows import JsonRows, RowError
+from vistune.data.reading.pictures import Folders, PictureError, beside, picture
+from vistune.data.reading.shard_files import find_shards
+from vistune.data.reading.tables import Table
 from vistune.samples import IMAGE_MARK, Fault, FaultCode, Sample, SampleError
 
 OPTIONS = ("columns", "split", "prompt", "notes", "unpack")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistune.data.annotations import Annotation, Annotations, choice, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import BadRow, Rows, want
+from vistune.data.reading.annotations import Annotation, Annotations, choice, option, picture_path
+from vistune.data.reading.json_members import BadRow, Rows, want
 
 PICTURE = "ocr_vqa/images/{id}.jpg"
 SPLITS = {"train": [1], "val": [2], "test": [3], "all": [1, 2, 3]}

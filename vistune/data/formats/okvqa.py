@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistune.data.annotations import choice, option
 from vistune.data.formats import refuse_unknown, register
 from vistune.data.formats.vqav2 import PICTURE, Questions
-from vistune.data.json_members import Lookup, Rows
+from vistune.data.reading.annotations import choice, option
+from vistune.data.reading.json_members import Lookup, Rows
 
 
 @register("okvqa")

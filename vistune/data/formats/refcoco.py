@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from vistune import files
-from vistune.data.annotations import choice, messages_of, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import BadRow, Rows, digest, facts_of, want, want_id
-from vistune.data.pictures import Folders, beside
+from vistune.data.reading.annotations import choice, messages_of, option, picture_path
+from vistune.data.reading.json_members import BadRow, Rows, digest, facts_of, want, want_id
+from vistune.data.reading.pictures import Folders, beside
 from vistune.samples import Fault, Image, Sample, SampleError
 
 PICTURE = "coco/train2017/{id:012}.jpg"

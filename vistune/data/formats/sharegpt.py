@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import BadRow, Rows, digest, want
+from vistune.data.reading.json_members import BadRow, Rows, digest, want
 from vistune.samples import Fault, Message, Role, Sample, SampleError
 
 ROLES: dict[str, Role] = {

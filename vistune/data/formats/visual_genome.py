@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistune.data.annotations import Annotation, Annotations, option
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import BadRow, Lookup, Rows, want, want_id
+from vistune.data.reading.annotations import Annotation, Annotations, option
+from vistune.data.reading.json_members import BadRow, Lookup, Rows, want, want_id
 
 
 class Regions(Annotations):

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistune.data.annotations import Annotation, Annotations, most_frequent, option, picture_path
 from vistune.data.formats import refuse_unknown, register
-from vistune.data.json_members import Lookup, Rows, want, want_id
+from vistune.data.reading.annotations import Annotation, Annotations, most_frequent, option, picture_path
+from vistune.data.reading.json_members import Lookup, Rows, want, want_id
 
 PICTURE = "coco/train2017/{id:012}.jpg"
 

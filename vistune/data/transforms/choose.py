@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from vistune import console
-from vistune.data.json_members import hash64
 from vistune.data.order import Permutation
+from vistune.data.reading.json_members import hash64
 from vistune.data.transforms import register
 from vistune.data.transforms.rounds import image_key, signed
 from vistune.data.transforms.scan import Scan

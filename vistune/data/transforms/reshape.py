@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from pydantic import Field, model_validator
 
-from vistune.data.json_members import hash64
+from vistune.data.reading.json_members import hash64
 from vistune.data.transforms import register
 from vistune.data.transforms.rounds import (
     Rounds,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vistune.data.json_members import hash64
+from vistune.data.reading.json_members import hash64
 from vistune.samples import IMAGE_MARK, Image, Message, Sample
 
 

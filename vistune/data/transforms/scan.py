@@ -11,7 +11,7 @@ import numpy as np
 
 from vistune.console import progress
 from vistune.data.formats import Reader
-from vistune.data.processes import context
+from vistune.data.processes import context, leave_with_parent
 from vistune.samples import Sample, SampleError
 
 _CHUNK = 4096
@@ -90,6 +90,7 @@ _look_here: _Look | None = None  # a worker's own
 
 def _start_worker(look: _Look) -> None:
     global _look_here
+    leave_with_parent()
     _look_here = look
 
 

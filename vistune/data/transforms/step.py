@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 
 from vistune import console
 from vistune.data.formats import Reader
-from vistune.data.json_members import mapped
+from vistune.data.reading.json_members import mapped
 from vistune.data.transforms.scan import Scan
 from vistune.recipe import Section
 from vistune.samples import Fault, FaultCode, Sample, SampleError

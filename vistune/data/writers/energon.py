@@ -12,10 +12,10 @@ from typing import Any, Literal, Self, get_args
 
 import yaml
 
-from vistune.data.nv_meta import FOLDER
-from vistune.data.picture_bytes import own_name, read_picture, true_suffix
-from vistune.data.staged import Staged
-from vistune.data.tar import ShardWriter
+from vistune.data.converting.staged import Staged
+from vistune.data.reading.nv_meta import FOLDER
+from vistune.data.reading.picture_bytes import own_name, read_picture, true_suffix
+from vistune.data.reading.tar import ShardWriter
 from vistune.data.writers import NotHeld, register
 from vistune.samples import Sample
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from vistune.data.picture_bytes import PictureFolder, own_name, read_picture
-from vistune.data.staged import Staged
+from vistune.data.converting.staged import Staged
+from vistune.data.reading.picture_bytes import PictureFolder, own_name, read_picture
 from vistune.data.writers import NotHeld, register
 from vistune.samples import IMAGE_MARK, Sample
 

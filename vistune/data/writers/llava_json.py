@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from vistune.data.picture_bytes import PictureFolder, own_name, read_picture
-from vistune.data.staged import Staged
+from vistune.data.converting.staged import Staged
+from vistune.data.reading.picture_bytes import PictureFolder, own_name, read_picture
 from vistune.data.writers import register
 from vistune.samples import Image, Sample
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vistune.data.picture_bytes import own_name, read_picture
-from vistune.data.staged import Staged
+from vistune.data.converting.staged import Staged
+from vistune.data.reading.picture_bytes import own_name, read_picture
 from vistune.data.writers import register
 from vistune.data.writers.llava_json import JsonRows
 from vistune.samples import Image, Sample

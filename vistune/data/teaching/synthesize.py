@@ -21,11 +21,11 @@ from time import monotonic
 from typing import IO, Any
 
 from vistune import console
-from vistune.data.captioned import Picture, pictures
-from vistune.data.download import Patience
-from vistune.data.replies import Kind, Malformed, rounds
-from vistune.data.teacher import Messages, Reply, RequestRefused, Teacher, TeacherError, teacher
-from vistune.data.threads import spread
+from vistune.data.fetching.download import Patience
+from vistune.data.fetching.threads import spread
+from vistune.data.teaching.captioned import Picture, pictures
+from vistune.data.teaching.replies import Kind, Malformed, rounds
+from vistune.data.teaching.teacher import Messages, Reply, RequestRefused, Teacher, TeacherError, teacher
 
 PROMPTS = Path(__file__).parent / "prompts"
 KINDS: dict[Kind, tuple[str, ...]] = {  # and what LLaVA calls its folders of prompts

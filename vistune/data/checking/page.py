@@ -18,12 +18,12 @@ import jinja2
 import PIL.Image
 import PIL.ImageFile
 
-from vistune.data import check_pictures as pictures
-from vistune.data import guarded
-from vistune.data.findings import Finding, Report
+from vistune.data.checking import guarded
+from vistune.data.checking import pictures as pictures
+from vistune.data.checking.findings import Finding, Report
+from vistune.data.checking.show import packs_in_order, rows_in_order, view
 from vistune.data.formats import Reader
 from vistune.data.plan import Plan
-from vistune.data.show import packs_in_order, rows_in_order, view
 from vistune.data.tokenize import Language
 from vistune.images import ImageError, open_image
 from vistune.samples import Image, Sample, SampleError

@@ -15,15 +15,15 @@ from threading import Event
 from typing import Any
 
 from vistune import console
-from vistune.data import archives, covers
-from vistune.data import census as counting
-from vistune.data import rename as renaming
-from vistune.data.archives import DataSet, Part
-from vistune.data.bring import Ledger, Way, bring
-from vistune.data.census import Census, Wanted
-from vistune.data.download import DownloadError, Patience
-from vistune.data.threads import spread
-from vistune.data.unpack import free_bytes
+from vistune.data.fetching import archives, covers
+from vistune.data.fetching import census as counting
+from vistune.data.fetching import rename as renaming
+from vistune.data.fetching.archives import DataSet, Part
+from vistune.data.fetching.bring import Ledger, Way, bring
+from vistune.data.fetching.census import Census, Wanted
+from vistune.data.fetching.download import DownloadError, Patience
+from vistune.data.fetching.threads import spread
+from vistune.data.fetching.unpack import free_bytes
 
 AT_ONCE = 3  # archives that come side by side: they lie on as many servers, and each is one long stream
 CAP_SHARE, CAP_LEAST = 0.001, 10  # rows without their picture that a run sets aside, as the quarantine's cap

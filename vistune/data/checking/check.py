@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from vistune.console import progress
-from vistune.data import check_pictures as pictures
-from vistune.data import guarded, page
-from vistune.data.check_pictures import Verdict
-from vistune.data.check_rows import RowJudge
-from vistune.data.check_sum import sum_up
-from vistune.data.check_work import keep_pictures, keep_rows, pictures_file, rows_file
-from vistune.data.findings import Report
+from vistune.data.checking import guarded, page
+from vistune.data.checking import pictures as pictures
+from vistune.data.checking.findings import Report
+from vistune.data.checking.pictures import Verdict
+from vistune.data.checking.rows import RowJudge
+from vistune.data.checking.summary import sum_up
+from vistune.data.checking.work import keep_pictures, keep_rows, pictures_file, rows_file
 from vistune.data.formats import Reader
 from vistune.data.tokenize import Language
 from vistune.images import Layout

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from vistune.data.check_rows import COLUMNS, WITHOUT_ID, RowJudge, Rows
-from vistune.data.check_work import KeptPictures, kept_pictures, kept_rows, rows_file
-from vistune.data.findings import WHAT, Finding, as_line, finding
+from vistune.data.checking.findings import WHAT, Finding, as_line, finding
+from vistune.data.checking.rows import COLUMNS, WITHOUT_ID, RowJudge, Rows
+from vistune.data.checking.work import KeptPictures, kept_pictures, kept_rows, rows_file
 
 PERCENTILES = {"min": 0, "p5": 5, "median": 50, "mean": -1, "p95": 95, "p99": 99, "max": 100}
 _BINS = 60

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from vistune.data.columns import MAX_TEXT
-from vistune.data.json_rows import MAX_ROW
-from vistune.data.nv_meta import Kind
-from vistune.data.tar import Member
+from vistune.data.reading.columns import MAX_TEXT
+from vistune.data.reading.json_rows import MAX_ROW
+from vistune.data.reading.nv_meta import Kind
+from vistune.data.reading.tar import Member
 from vistune.samples import IMAGE_MARK, FaultCode, Image, Message, Role
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")

@@ -17,7 +17,7 @@ from vistune.console import progress
 from vistune.data.formats import Reader
 from vistune.data.order import Permutation
 from vistune.data.packing import pack
-from vistune.data.processes import context
+from vistune.data.processes import context, leave_with_parent
 from vistune.data.tokenize import Language, tokenize
 from vistune.data.writers.energon import Layout, not_packed
 from vistune.samples import Fault, SampleError
@@ -64,6 +64,7 @@ _measure_here: _Measure | None = None  # a worker's own
 
 def _start_worker(measure: _Measure) -> None:
     global _measure_here
+    leave_with_parent()
     _measure_here = measure
 
 

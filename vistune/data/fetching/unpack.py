@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from threading import Event
 
-from vistune.data.threads import Stopped
+from vistune.data.fetching.threads import Stopped
 
 JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db")
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, UnicodeDecodeError)

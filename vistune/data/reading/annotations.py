@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vistune.data.json_members import BadRow, Rows, digest
-from vistune.data.pictures import LONGEST_PATH, Folders, beside
+from vistune.data.reading.json_members import BadRow, Rows, digest
+from vistune.data.reading.pictures import LONGEST_PATH, Folders, beside
 from vistune.samples import IMAGE_MARK, Fault, Image, Message, Sample, SampleError
 
 

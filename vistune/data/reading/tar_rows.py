@@ -19,10 +19,10 @@ import numpy as np
 
 from vistune import files
 from vistune.console import progress, warn
-from vistune.data.nv_meta import Kind
-from vistune.data.processes import context
-from vistune.data.tar import Files, TarError, members, read_index, scan, split_name
-from vistune.data.tar_samples import Misread, Raw, count, is_picture, recognise
+from vistune.data.processes import context, leave_with_parent
+from vistune.data.reading.nv_meta import Kind
+from vistune.data.reading.tar import Files, TarError, members, read_index, scan, split_name
+from vistune.data.reading.tar_samples import Misread, Raw, count, is_picture, recognise
 
 ROW = np.dtype([("shard", "<u4"), ("sub", "<u4"), ("start", "<u8"), ("stop", "<u8")])
 """Number of the shard, of the sub-sample, and the bytes of the sample in the tar."""
@@ -185,7 +185,7 @@ def _run(jobs: Sequence[_Job]) -> Iterator[_Found]:
         return
     # Reading afar is waiting, for which threads do; here it is parsing.
     remote = files.is_remote(jobs[0].shard.path)
-    pool: Executor = ThreadPoolExecutor(16) if remote else ProcessPoolExecutor(workers, context())
+    pool: Executor = ThreadPoolExecutor(16) if remote else ProcessPoolExecutor(workers, context(), leave_with_parent)
     with pool:
         try:
             yield from pool.map(_find, jobs)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vistune.chat import TEMPLATES, ChatError, render
-from vistune.data import check_pictures as pictures
-from vistune.data.findings import Finding, finding, of_fault
+from vistune.data.checking import pictures as pictures
+from vistune.data.checking.findings import Finding, finding, of_fault
 from vistune.data.formats import Reader
 from vistune.data.tokenize import Language, check_marks, tokenize
 from vistune.samples import Image, Sample, SampleError

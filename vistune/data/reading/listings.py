@@ -19,7 +19,7 @@ import numpy as np
 
 from vistune import files
 from vistune.console import progress
-from vistune.data.json_rows import MAX_ROW, JsonRows, RowError
+from vistune.data.reading.json_rows import MAX_ROW, JsonRows, RowError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXTS = (".txt", ".caption", ".json")

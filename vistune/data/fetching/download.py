@@ -22,7 +22,7 @@ from threading import Event
 from time import time
 from typing import Any
 
-from vistune.data.threads import Stopped
+from vistune.data.fetching.threads import Stopped
 
 CHUNK = 1 << 20
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever the back-off or the server says

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 from vistune import files
 from vistune.console import progress
-from vistune.data.check_pictures import FORMATS as PICTURE_FORMATS
-from vistune.data.check_pictures import folders_of, locate
-from vistune.data.findings import Finding, Report, finding
+from vistune.data.checking.findings import Finding, Report, finding
+from vistune.data.checking.pictures import FORMATS as PICTURE_FORMATS
+from vistune.data.checking.pictures import folders_of, locate
 from vistune.data.formats import FORMATS, Reader
 from vistune.data.formats.llava_json import LlavaJson
 from vistune.data.writers import NotHeld, open_writer

@@ -21,7 +21,7 @@ import numpy as np
 
 from vistune import files
 from vistune.console import progress
-from vistune.data.json_rows import MAX_ROW, RowError, find_rows
+from vistune.data.reading.json_rows import MAX_ROW, RowError, find_rows
 from vistune.samples import FaultCode
 
 T = TypeVar("T")

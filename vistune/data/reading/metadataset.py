@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vistune import files
-from vistune.data.nv_meta import read_yaml
+from vistune.data.reading.nv_meta import read_yaml
 
 
 @dataclass(frozen=True, slots=True)

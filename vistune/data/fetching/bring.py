@@ -19,10 +19,10 @@ from typing import Any
 from rich.progress import Progress
 
 from vistune import files
-from vistune.data import covers
-from vistune.data.archives import Part
-from vistune.data.download import BROKEN_NET, Patience, download, request
-from vistune.data.unpack import is_whole_zip, members, unpack
+from vistune.data.fetching import covers
+from vistune.data.fetching.archives import Part
+from vistune.data.fetching.download import BROKEN_NET, Patience, download, request
+from vistune.data.fetching.unpack import is_whole_zip, members, unpack
 
 MB = 1_000_000
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from vistune.console import progress
+from vistune.data.converting.left_out import LeftOut
+from vistune.data.converting.offline import Measured, measure, packs
 from vistune.data.formats import Reader
-from vistune.data.left_out import LeftOut
-from vistune.data.offline import Measured, measure, packs
-from vistune.data.picture_bytes import read_picture
+from vistune.data.reading.picture_bytes import read_picture
 from vistune.data.tokenize import Language
 from vistune.data.writers import NotHeld, Writer, open_writer
 from vistune.data.writers.energon import Energon, Layout, not_packed

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vistune import console
 from vistune.data import processes
-from vistune.data.json_rows import find_rows
+from vistune.data.reading.json_rows import find_rows
 from vistune.images import ImageError, image_size, open_image
 from vistune.samples import Image
 

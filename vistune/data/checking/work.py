@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vistune.data.check_pictures import Verdict
-from vistune.data.check_rows import Rows
-from vistune.data.findings import Finding
+from vistune.data.checking.findings import Finding
+from vistune.data.checking.pictures import Verdict
+from vistune.data.checking.rows import Rows
 
 
 def rows_file(work: Path, number: int) -> Path:

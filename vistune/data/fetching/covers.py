@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vistune import console
-from vistune.data.download import (
+from vistune.data.fetching.download import (
     AGAIN,
     BROKEN_NET,
     DISK_FULL,
@@ -27,7 +27,7 @@ from vistune.data.download import (
     refused,
     request,
 )
-from vistune.data.threads import Stopped, spread
+from vistune.data.fetching.threads import Stopped, spread
 from vistune.images import ImageError, image_size
 from vistune.samples import Image
 

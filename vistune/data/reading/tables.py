@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from vistune import files
 from vistune.console import progress
-from vistune.data.json_rows import RowError
-from vistune.data.shards import ArrowShard, Group, ParquetShard, open_shard
+from vistune.data.reading.json_rows import RowError
+from vistune.data.reading.shards import ArrowShard, Group, ParquetShard, open_shard
 
 MEMORY = 1 << 27
 """Bytes of decoded row groups that a process holds, those of all its tables together."""

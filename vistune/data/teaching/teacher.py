@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vistune import console
-from vistune.data.download import AGAIN, BROKEN_NET, Patience, asked_to_wait
-from vistune.data.threads import Stopped
+from vistune.data.fetching.download import AGAIN, BROKEN_NET, Patience, asked_to_wait
+from vistune.data.fetching.threads import Stopped
 
 Messages = Sequence[Mapping[str, str]]
 

@@ -1,0 +1,1 @@
+"""Any format to any other, and packs made before a run."""

@@ -1,0 +1,1 @@
+"""Rows written by a text model, the teacher, from captions and boxes."""
