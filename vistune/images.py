@@ -6,6 +6,7 @@ Knows nothing of samples' text, tokenizers or models' weights.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,13 @@ MAX_PIXELS = 500_000_000
 
 # Pillow's own limit is lower and only warns; ours is checked before anything is decoded.
 PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+_REACH: dict[int, float] = {
+    PIL.Image.Resampling.BILINEAR: 1.0,
+    PIL.Image.Resampling.BICUBIC: 2.0,
+    PIL.Image.Resampling.LANCZOS: 3.0,
+}
+"""How far a pixel of the result reaches to either side, in its own width or the source's pixels, whichever is more."""
 
 RGB = tuple[float, float, float]
 Mode = Literal["square", "pad"]
@@ -192,43 +200,52 @@ class FixedLayout:
 
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
         """uint8 [3, size, size] of an RGB image. Raises ImageError when it is too long and thin to be resized."""
-        if self.mode == "pad":
-            image = self._padded(image)
-        return np.ascontiguousarray(np.asarray(self._cropped(image)).transpose(2, 0, 1))
+        padded = self.mode == "pad" and image.width != image.height
+        pixels = self._padded(image) if padded else np.asarray(self._resized(image)).transpose(2, 0, 1)
+        top, left = ((side - self.size) // 2 for side in pixels.shape[1:])
+        return np.ascontiguousarray(pixels[:, top : top + self.size, left : left + self.size])
 
     def blank(self, width: int = 0, height: int = 0) -> np.ndarray:
         """Stands in for an image that could not be read: the mean colour, uint8 [3, size, size]."""
-        colour = np.array(self._mean_colour(), dtype=np.uint8)
-        return np.ascontiguousarray(np.broadcast_to(colour[:, None, None], (3, self.size, self.size)))
+        return self._filled(self.size)
 
-    def _padded(self, image: PIL.Image.Image) -> PIL.Image.Image:
+    def _filled(self, side: int) -> np.ndarray:
+        """uint8 [3, side, side] of the mean colour."""
+        pixels = np.empty((3, side, side), np.uint8)
+        pixels[:] = np.array(self._mean_colour(), np.uint8)[:, None, None]
+        return pixels
+
+    def _padded(self, image: PIL.Image.Image) -> np.ndarray:
+        """uint8 [3, H, W] of the image on a square canvas of the mean colour, resized.
+
+        What is that colour all around is not computed, and Pillow resizes the rows first, each by itself, so rows of
+        one colour are put on after that. Both change nothing else.
+        """
         width, height = image.size
-        side = max(width, height)
-        if width == height:
-            return image
+        side, wide = max(width, height), self.resize or self.size
         _check_room(side, side, image)
-        wide = side
-        if height < width and self.resample != PIL.Image.Resampling.NEAREST:
-            # Pillow resizes the rows first, each by itself: those of one colour need not be, and nothing else changes.
-            wide = self.resize or self.size
+        reach = _REACH.get(self.resample, float(side))
+        columns, rows = _touched(side, width, wide, reach), _touched(side, height, wide, reach)
+        first = height < width and self.resample in _REACH
+        if first:
             image = image.resize((wide, height), self.resample)
-        canvas = PIL.Image.new("RGB", (wide, side), self._mean_colour())
-        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-        return canvas
+        canvas = PIL.Image.new("RGB", (image.width if first else side, side), self._mean_colour())
+        canvas.paste(image, ((canvas.width - image.width) // 2, (side - height) // 2))
+        scale, across = side / wide, canvas.width / wide
+        box = (columns.start * across, rows.start * scale, columns.stop * across, rows.stop * scale)
+        shown = canvas.resize((len(columns), len(rows)), self.resample, box=box)
+        pixels = self._filled(wide)
+        pixels[:, rows.start : rows.stop, columns.start : columns.stop] = np.asarray(shown).transpose(2, 0, 1)
+        return pixels
 
-    def _cropped(self, image: PIL.Image.Image) -> PIL.Image.Image:
+    def _resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """The short side is `resize`, or both are `size`."""
         if self.resize is None:
             return image.resize((self.size, self.size), self.resample)
-        wide = (self.resize, self.resize) if self.mode == "pad" else self._wide(image, self.resize)
-        left, top = ((side - self.size) // 2 for side in wide)
-        shown = image.resize(wide, self.resample)
-        return shown.crop((left, top, left + self.size, top + self.size)) if left or top else shown
-
-    def _wide(self, image: PIL.Image.Image, short: int) -> tuple[int, int]:
         width, height = image.size
-        long = int(short * max(width, height) / min(width, height))
-        _check_room(short, long, image)
-        return (short, long) if width <= height else (long, short)
+        long = int(self.resize * max(width, height) / min(width, height))
+        _check_room(self.resize, long, image)
+        return image.resize((self.resize, long) if width <= height else (long, self.resize), self.resample)
 
     def _mean_colour(self) -> tuple[int, int, int]:
         red, green, blue = (int(channel * 255) for channel in self.mean)
@@ -262,10 +279,24 @@ def normalize(pixels: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch
 
     Computed in fp32 on the pixels' device and cast to `dtype`.
     """
-    mean = torch.tensor(layout.mean, device=pixels.device).view(3, 1)
-    std = torch.tensor(layout.std, device=pixels.device).view(3, 1)
+    # One product and one sum, of numbers made in double precision: within 3e-7 of three roundings in a row.
+    scale = torch.tensor([1 / (255 * std) for std in layout.std], device=pixels.device).view(3, 1)
+    shift = torch.tensor([-mean / std for mean, std in zip(layout.mean, layout.std, strict=True)], device=pixels.device)
     flat = pixels.float().view(len(pixels), 3, -1)
-    return flat.div_(255).sub_(mean).div_(std).to(dtype).view(pixels.shape)
+    return flat.mul_(scale).add_(shift.view(3, 1)).to(dtype).view(pixels.shape)
+
+
+def _touched(side: int, length: int, wide: int, reach: float) -> range:
+    """Of `side` pixels made `wide`: those that the `length` ones in the middle have a part in, and some more.
+
+    It begins and ends where a pixel of the result begins with one of the source, so that resizing the part gives
+    exactly what resizing the whole gives there.
+    """
+    scale, step = side / wide, wide // math.gcd(side, wide)
+    start, far = (side - length) // 2, reach * max(1.0, side / wide) + 1
+    first = math.floor((start - far) / scale - 1) // step * step
+    last = -(-math.ceil((start + length + far) / scale + 1) // step) * step
+    return range(max(0, first), min(wide, last))
 
 
 def _check_room(width: int, height: int, image: PIL.Image.Image) -> None:

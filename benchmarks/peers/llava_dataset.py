@@ -39,8 +39,8 @@ class Preparer:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         side = {"height": SIDE, "width": SIDE}
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side)
-        # Tokens more that "USER" takes alone than after a stop token: 1 in the reference, which Llama's pieces decide.
-        self.more_alone = len(self.encode("USER", False)) - len(self.encode(f"{STOP}USER", False)) + 1
+        # Tokens more that a turn takes alone than after a stop token: 1 in the reference, which Llama's pieces decide.
+        self.more_alone = len(self.encode("USER: a", False)) - len(self.encode(f"{STOP}USER: a", False)) + 1
         self.background = tuple(int(channel * 255) for channel in self.processor.image_mean)
 
     def __call__(self, row: Row, picture: Image.Image | None) -> Row:

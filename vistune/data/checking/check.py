@@ -1,6 +1,6 @@
 """Check sources before a run: every row and every distinct picture once, in processes, resumable, summed up on disk.
 
-What a finding is stands in `findings`, how rows and pictures are judged in `check_rows` and `pictures`.
+What a finding is stands in `findings`, how rows and pictures are judged in `rows` and `pictures`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from vistune.console import progress
 from vistune.data.checking import guarded, page
-from vistune.data.checking import pictures as pictures
+from vistune.data.checking import pictures
 from vistune.data.checking.findings import Report
 from vistune.data.checking.pictures import Verdict
 from vistune.data.checking.rows import RowJudge
