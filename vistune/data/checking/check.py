@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from vistune.console import progress
-from vistune.data.checking import guarded, page
-from vistune.data.checking import pictures
+from vistune.data.checking import guarded, page, pictures
 from vistune.data.checking.findings import Report
 from vistune.data.checking.pictures import Verdict
 from vistune.data.checking.rows import RowJudge

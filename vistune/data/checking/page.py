@@ -18,8 +18,7 @@ import jinja2
 import PIL.Image
 import PIL.ImageFile
 
-from vistune.data.checking import guarded
-from vistune.data.checking import pictures as pictures
+from vistune.data.checking import guarded, pictures
 from vistune.data.checking.findings import Finding, Report
 from vistune.data.checking.show import packs_in_order, rows_in_order, view
 from vistune.data.formats import Reader

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vistune.chat import TEMPLATES, ChatError, render
-from vistune.data.checking import pictures as pictures
+from vistune.data.checking import pictures
 from vistune.data.checking.findings import Finding, finding, of_fault
 from vistune.data.formats import Reader
 from vistune.data.tokenize import Language, check_marks, tokenize
