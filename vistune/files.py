@@ -76,5 +76,29 @@ def listed(folder: str | Path, *suffixes: str) -> Iterator[str]:
     yield from sorted(path for path in paths if not suffixes or path.lower().endswith(suffixes))
 
 
+class Opened:
+    """A file that is read by place, again and again: opened at the first reading, by every process for itself, and
+    closed when nobody holds it any more."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file: int | None = None
+
+    def __call__(self, start: int, count: int) -> bytes:
+        """Raises OSError."""
+        if is_remote(self.path):
+            return read(self.path, start, count) if count else b""
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY)
+        return os.pread(self._file, count, start)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Opened, (self.path,)
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
 def _system(path: str | Path) -> Any:
     return fsspec.core.url_to_fs(str(path))[0]

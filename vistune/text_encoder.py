@@ -86,6 +86,11 @@ class TextEncoder:
         ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
         return ids, starts, ends
 
+    def make_ready(self, *, whole: bool) -> None:
+        """Make now what the first text would wait for: worker processes that are forked then share it."""
+        for has_images in (True, False):
+            self.encode("a", has_images=has_images, whole=whole)
+
     def _part(self, text: str, position: int, *, first: bool) -> Tokens:
         if first and text != self._opening[0]:
             self._opening = text, self.chunk(text)  # what stands before the first image is nearly always the same
@@ -139,7 +144,7 @@ class TextEncoder:
     @cached_property
     def _by_word(self) -> WordCache | None:
         spec = json.loads(self._by_chunk.to_str())
-        return WordCache(spec) if fits(spec) else None
+        return WordCache(self._by_chunk, spec) if fits(self._by_chunk, spec) else None
 
     @cached_property
     def _unmarked(self) -> Tokenizer:
@@ -153,8 +158,9 @@ class TextEncoder:
 
     def _backend(self, hidden: set[str], *, legacy: bool) -> Tokenizer:
         """A copy of the tokenizer's backend: never truncates or pads, exact offsets, `hidden` tokens out of reach."""
-        spec = _untrimmed(json.loads(self.tokenizer.backend_tokenizer.to_str()))
-        spec |= {"truncation": None, "padding": None}
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        around = {key: _untrimmed(value) for key, value in spec.items() if key not in ("model", "added_tokens")}
+        spec |= around | {"truncation": None, "padding": None}
         for token in spec["added_tokens"]:
             if token["content"] in hidden:  # renamed, not removed: the ids of the others must not move
                 token["content"] = f"\U000f0000{token['id']}\U000f0000"

@@ -5,7 +5,6 @@ Knows Llama-like BPE only; for any other tokenizer there is no cache, and the ba
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -30,15 +29,14 @@ class WordCache:
     no piece crosses from a word to the next, and the ids of a text are those of its words in a row.
     """
 
-    def __init__(self, spec: dict[str, Any]):
-        assert fits(spec)
+    def __init__(self, backend: Tokenizer, spec: dict[str, Any]):
+        """Of a `backend` whose JSON, `spec`, `fits`."""
         self._each = bool(spec["normalizer"])  # a prefix for every piece between added tokens, else for the very first
-        bare: dict[str, Any] = {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "added_tokens": []}
-        self._table = _Table(Tokenizer.from_str(json.dumps(spec | bare)))
+        self._table = _Table(Tokenizer(backend.model))  # shares the merges, and nothing that is around them
         self._added = [(token["content"], token["id"]) for token in spec["added_tokens"]]
         longest_first = sorted((re.escape(content) for content, _ in self._added), key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(longest_first) + ")") if longest_first else None
-        self._before = _before(spec)
+        self._before = _before(backend)
         self._begin()
 
     def _begin(self) -> None:
@@ -77,9 +75,9 @@ def _room(text: str) -> int:
     return 4 * len(text) + 16  # a character is at most four bytes, and each at most a token
 
 
-def _before(spec: dict[str, Any]) -> list[int]:
+def _before(backend: Tokenizer) -> list[int]:
     """Ids that the post-processor puts in front of every text."""
-    made = Tokenizer.from_str(json.dumps(spec)).encode("a")
+    made = backend.encode("a")
     return [id for id, added in zip(made.ids, made.special_tokens_mask, strict=True) if added]
 
 
@@ -130,8 +128,8 @@ class _Words(dict[str, int]):
         return number
 
 
-def fits(spec: dict[str, Any]) -> bool:
-    """Whether the tokenizer of this JSON is one whose words are independent, and spaced in a way known here."""
+def fits(backend: Tokenizer, spec: dict[str, Any]) -> bool:
+    """Whether `backend`, whose JSON is `spec`, has words that are independent, and spaced in a way known here."""
     model, normalizer, cut = spec["model"], spec["normalizer"], spec["pre_tokenizer"]
     first = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "first", "split": False}
     spaced = (normalizer is None and cut == first) or (
@@ -146,7 +144,7 @@ def fits(spec: dict[str, Any]) -> bool:
         and all(_plain(token, normalizer is None) for token in spec["added_tokens"])
         and len({token["normalized"] for token in spec["added_tokens"]}) <= 1
         and not any(_SPACE in _joint(merge).lstrip(_SPACE) for merge in model["merges"])
-        and not _adds_behind(spec)
+        and not backend.encode("a").special_tokens_mask[-1]  # nothing is put behind a text
     )
 
 
@@ -161,7 +159,3 @@ def _plain(token: dict[str, Any], normalized: bool) -> bool:
 
 def _joint(merge: str | list[str]) -> str:
     return merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
-
-
-def _adds_behind(spec: dict[str, Any]) -> bool:
-    return bool(Tokenizer.from_str(json.dumps(spec)).encode("a").special_tokens_mask[-1])

@@ -178,6 +178,7 @@ def _map(measure: _Measure, chunks: Iterable[tuple[int, int, int]], workers: int
     if not workers:
         yield from map(measure, chunks)
         return
+    measure.language.encoder.make_ready(whole=measure.language.template.own)
     with ProcessPoolExecutor(workers, context(), _start_worker, (measure,)) as pool:
         flying: deque[Future[Measured]] = deque()
         try:

@@ -44,6 +44,7 @@ def load(
     if not workers:
         yield from map(steps.batches, wanted)
         return
+    language.encoder.make_ready(whole=language.template.own)
     loader = DataLoader(
         steps,
         batch_size=None,

@@ -162,7 +162,7 @@ class Rows:
         """
         self.path, self.place, self.only = path, tuple(place), only
         self.facts = facts_of(path)
-        self._file: int | None = None
+        self._bytes = files.Opened(self.path)
         self._kept = cache / f"members-{digest(self.facts, self.place, only)}.npy" if cache else None
         self._spans = kept(self._kept, self._find)
 
@@ -174,7 +174,7 @@ class Rows:
         return self._read(*self._spans[number].tolist())
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_spans": None if self._kept else self._spans}
+        return self.__dict__ | {"_spans": None if self._kept else self._spans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -197,13 +197,6 @@ class Rows:
             raise BadRow(f"the file cannot be read: {type(error).__name__} {error}") from None
         key, value = value.popitem() if member else ("", value)
         return key, value
-
-    def _bytes(self, start: int, count: int) -> bytes:
-        if files.is_remote(self.path):
-            return files.read(self.path, start, count) if count else b""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        return os.pread(self._file, count, start)
 
     def _find(self) -> np.ndarray:
         spans = find_members(self.path, self.place) if self.place else find_rows(self.path)

@@ -55,10 +55,9 @@ class JsonRows:
         except OSError as error:
             reason = error.strerror or f"{type(error).__name__} {error}".strip()
             raise ValueError(f"{path}: the data file cannot be opened: {reason}") from None
-        self._remote = files.is_remote(path)
         self._spans_file = cache / f"rows-{_digest(self.facts)}.npy" if cache else None
         self._spans = self._find()
-        self._file: int | None = None
+        self._bytes = files.Opened(self.path)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -89,19 +88,12 @@ class JsonRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens the file itself, and maps the row places where they are on disk.
-        return self.__dict__ | {"_file": None, "_spans": None if self._spans_file else self._spans}
+        return self.__dict__ | {"_spans": None if self._spans_file else self._spans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._spans is None:
             self._spans = self._find()
-
-    def _bytes(self, start: int, count: int) -> bytes:
-        if self._remote:
-            return files.read(self.path, start, count) if count else b""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        return os.pread(self._file, count, start)
 
     def _find(self) -> np.ndarray:
         if self._spans_file is None:
