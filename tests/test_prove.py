@@ -7,29 +7,12 @@ import json
 import pytest
 import torch
 
-from tests.made import made_data, made_recipe, stage0
+from tests.made import made_recipe
 from vistune import inputs, prove
 from vistune.data.plan import Plan
 from vistune.models import attention
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return stage0(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return made_data(tmp_path_factory.mktemp("data"))
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LEARN = {"connector": 1e-3, "language": 2e-4}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -66,6 +66,7 @@ def check(
         decode=decode,
         expect=opened.expect,
         cap=opened.recipe.data.quarantine_cap if opened.recipe else 0.001,
+        strict=bool(opened.recipe and opened.recipe.data.strict),
     )
     fixed = mending.fix(opened.readers, report, fix) if fix else None
     if json:
@@ -165,10 +166,7 @@ def convert(
         length=pack or 2048,
     )
     report = room.convert(opened.readers[0], out, to, pack=pack, language=opened.language, workers=workers, seed=seed)
-    if json:
-        console.print_json(report)
-    else:
-        console.table(str(out), ("what", "value"), [(k.replace("_", " "), v) for k, v in report.items()])
+    _told(report, str(out), json)
 
 
 @app.command()
@@ -249,10 +247,7 @@ def generate(
         dry_run=dry_run,
         workers=workers,
     )
-    if json:
-        console.print_json(report)
-    else:
-        console.table(str(out), ("what", "value"), [(k.replace("_", " "), v) for k, v in report.items()])
+    _told(report, str(out), json)
 
 
 @app.command()
@@ -277,3 +272,11 @@ def verify(
         prove.show(result)
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+def _told(report: dict[str, Any], title: str, json: bool) -> None:
+    """What a verb did, for programs or for people."""
+    if json:
+        console.print_json(report)
+    else:
+        console.table(title, ("what", "value"), [(key.replace("_", " "), value) for key, value in report.items()])

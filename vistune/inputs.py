@@ -124,6 +124,16 @@ def plan_of(recipe: Recipe, index: Index) -> Plan:
     return plan
 
 
+def pad_to(recipe: Recipe, device: str, packs: int) -> int:
+    """What the tokens of `packs` packs in one row are padded to a multiple of, on a device of this type.
+
+    The whole room makes every shape the same; 128 suits the kernels of accelerators.
+    """
+    if recipe.data.pad == "length":
+        return recipe.data.length * packs
+    return 1 if device == "cpu" else 128
+
+
 def model_folder(start: str | Path) -> Path:
     """The model folder of `start`: itself, or the `model` in it when it is a run's."""
     start = Path(start)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vistune import console, inputs, ranks
-from vistune.data.batch import Batch, Item, Planned, collate, read_item
-from vistune.data.plan import Plan
+from vistune.data.batch import Batch, Item, collate, read_planned
 from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe
@@ -27,7 +26,6 @@ from vistune.train.loss import StepModule
 # tf32 and bf16 have 10 and 7 bits of mantissa, and what they round differs with the shape of the row.
 TOLERANCE = {"fp32": (1e-5, 1e-4), "tf32": (2e-3, 2e-2), "fp16": (2e-3, 2e-2), "bf16": (1e-2, 6e-2)}
 GRADIENTS = 100_000_000  # numbers; of larger models the first learned parameters are compared, up to so many
-_ON_DEVICE = 128  # tokens: rows on an accelerator are padded to a multiple, as in training
 _STEPS = 5
 
 
@@ -107,24 +105,13 @@ def _packs(recipe: Recipe, data: Data, count: int) -> Iterator[list[Item]]:
     for k in [*first, *more]:
         shared = [pack for pack in plan.step(k) if len(pack) > 1]
         for pack in shared[: min(count - found, math.ceil(count / len(first)))]:
-            yield [_item(plan, data, position) for position in pack]
+            yield [read_planned(plan.index, data.readers, position, data.language) for position in pack]
             found += 1
     if not found:
         raise ValueError(
             f"no pack of steps {', '.join(map(str, first))} has two samples: there is nothing to prove. "
             f"data.length = {data.plan.length} has no room for two, or train.batch = {recipe.train.batch} is too small."
         )
-
-
-def _item(plan: Plan, data: Data, position: int) -> Item:
-    columns = data.index.columns
-    planned = Planned(
-        source=int(columns["source"][position]),
-        row=int(columns["row"][position]),
-        tokens=int(columns["text"][position]) + int(columns["image"][position]),
-        images=int(columns["images"][position]),
-    )
-    return read_item(data.readers[planned.source], planned, data.language, plan.index.length)
 
 
 @dataclass
@@ -219,7 +206,7 @@ class _Proof:
         return found
 
     def _add(self, found: _Sums, items: list[Item]) -> None:
-        together = collate(items, self._pad_to)
+        together = collate(items, inputs.pad_to(self.recipe, self.device.type, 1))
         alone = [collate([item]) for item in items]
         packed, unpacked = self._loss([together]), self._loss(alone)
         crossing = self._loss([replace(together, lengths=[len(together.ids)])])
@@ -265,12 +252,6 @@ class _Proof:
         with parallel.autocast(self.recipe.train.precision, self.dtype, self.device):
             loss: Tensor = self.module(batch.to(self.device))
         return loss
-
-    @property
-    def _pad_to(self) -> int:
-        if self.recipe.data.pad == "length":
-            return self.recipe.data.length
-        return 1 if self.device.type == "cpu" else _ON_DEVICE
 
 
 def _first(parameters: list[nn.Parameter], most: int) -> list[nn.Parameter]:

@@ -83,6 +83,11 @@ class Fault:
     path: str = ""
 
 
+def faults_allowed(rows: int, cap: float, strict: bool = False) -> int:
+    """How many faulty rows of `rows` a run sets aside before it stops; with `strict` none."""
+    return 0 if strict else max(10, int(cap * rows))
+
+
 class SampleError(ValueError):
     """A row that cannot be used. Carries the `Fault`; the reader of the row knows where it stands."""
 

@@ -159,6 +159,7 @@ def test_the_rule_for_a_run_that_would_fail(write_rows, pictures, tmp_path):
     assert checked(10, 5).ok
     assert not checked(11, 5).ok and "11 of 16 rows are faulty, 10 are allowed" in checked(11, 5).summary["verdict"]
     assert checked(11, 5, cap=0.7).ok
+    assert checked(0, 5, strict=True).ok and not checked(1, 5, strict=True).ok
     assert not checked(3, 0).ok
 
 

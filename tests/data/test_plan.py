@@ -233,9 +233,9 @@ def test_what_cannot_be_planned():
     with pytest.raises(ValueError, match="samples of 100 tokens, packs have room for 64"):
         Plan(make_index([3, 100]), batch=1, length=64)
     with pytest.raises(ValueError, match="2 sources, shares are given for 1"):
-        Plan(make_index([3, 3], sources=[0, 1]), batch=1, length=64, repeats=[1.0])
+        Plan(make_index([3, 3], sources=[0, 1]), batch=1, length=64, shares=[Share()])
     with pytest.raises(ValueError, match="less than half a sample"):
-        Plan(make_index([3, 3]), batch=1, length=64, repeats=[0.1])
+        Plan(make_index([3, 3]), batch=1, length=64, shares=[Share(epochs=0.1)])
     with pytest.raises(ValueError, match="images_per_pack = 2: row 1 of source 0 has 3 pictures"):
         Plan(make_index([3, 3], images=[1, 3]), batch=1, length=64, images_per_pack=2)
     with pytest.raises(ValueError, match=r"train\.batch = 6 is 1\.5 times 4"):

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.made import made_data, made_recipe, stage0
-from vistune import cli, inputs
-from vistune import recipe as recipes
+from tests.runs import start_ranks
+from vistune import inputs
 from vistune.samples import Fault
 from vistune.train import checkpoint, metrics
 from vistune.train.quarantine import Ledger
-
-
-def start(recipe: recipes.Recipe, folder: Path, *words: str, world: int = 1) -> list:
-    """`vistune train` in `world` forked processes, over gloo on the loopback when there are several."""
-    file = folder / "recipe.toml"
-    file.write_text(recipes.dump(recipe))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    arguments = ["train", str(file), *words]
-    processes = [context.Process(target=_train, args=(arguments, folder, rank, world, port)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def _train(arguments: list[str], folder: Path, rank: int, world: int, port: int) -> None:
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with (folder / f"output-{rank}.txt").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        code = cli._run(arguments)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def finish(processes: list, folder: Path, code: int = 0) -> None:
@@ -93,19 +60,19 @@ def ledger(run: Path) -> str:
 
 def test_the_ledger_is_the_same_on_ranks_and_after_a_kill(broken, tmp_path):
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
-    finish(start(broken, tmp_path), tmp_path)
+    finish(start_ranks(broken, tmp_path), tmp_path)
     lines = [json.loads(line) for line in ledger(one).splitlines()]
     assert {line["row"]: line["code"] for line in lines} == WANTED and len(lines) == len(WANTED)
     assert next(line["path"] for line in lines if line["row"] == 6).endswith("6_0.png")
 
-    finish(start(broken, tmp_path, f"run={two}", world=2), tmp_path)
+    finish(start_ranks(broken, tmp_path, f"run={two}", world=2), tmp_path)
     assert ledger(two) == ledger(one)
     curve = [row["loss"] for row in metrics.read(one)]
     assert [row["loss"] for row in metrics.read(two)] == pytest.approx(curve, abs=1e-5)
     supervised = [[row["supervised"] for row in metrics.read(run)] for run in (one, two)]
     assert supervised[0] == supervised[1]
 
-    processes = start(broken, tmp_path, f"run={killed}", world=2)
+    processes = start_ranks(broken, tmp_path, f"run={killed}", world=2)
     while len(checkpoint.folders(killed)) < 3:
         assert all(process.is_alive() for process in processes)
         time.sleep(0.01)
@@ -113,7 +80,7 @@ def test_the_ledger_is_the_same_on_ranks_and_after_a_kill(broken, tmp_path):
         process.kill()
         process.join()
     assert len(metrics.read(killed)) < 7
-    finish(start(broken, tmp_path, f"run={killed}"), tmp_path)
+    finish(start_ranks(broken, tmp_path, f"run={killed}"), tmp_path)
     assert ledger(killed) == ledger(one)
     assert [row["loss"] for row in metrics.read(killed)] == pytest.approx(curve, abs=1e-5)
 
@@ -121,7 +88,7 @@ def test_the_ledger_is_the_same_on_ranks_and_after_a_kill(broken, tmp_path):
 def test_the_checkpoint_brings_the_ledger_back(broken, tmp_path):
     """The file is lost, or has what only later steps met: the run goes on with what the checkpoint knows."""
     one = tmp_path / "one"
-    finish(start(broken, tmp_path), tmp_path)
+    finish(start_ranks(broken, tmp_path), tmp_path)
     whole = ledger(one)
     known = [len(checkpoint.read_state(folder)["quarantine"]) for folder in checkpoint.folders(one)]
     assert known[0] == 0 and known == sorted(known) and known[-1] == len(WANTED)
@@ -135,7 +102,7 @@ def test_the_checkpoint_brings_the_ledger_back(broken, tmp_path):
             shutil.rmtree(folder)
         if change == "lost":
             (run / "quarantine.jsonl").unlink()
-        finish(start(broken, tmp_path, f"run={run}"), tmp_path)
+        finish(start_ranks(broken, tmp_path, f"run={run}"), tmp_path)
         assert ledger(run) == whole
 
 
@@ -144,7 +111,7 @@ def test_above_the_cap_every_rank_stops(broken, tmp_path):
     images = tmp_path / "data" / "images"
     for row in (4, 8, 11, 15, 16):
         (images / f"{row}_0.png").write_bytes(b"torn")
-    finish(start(broken, tmp_path, "data.quarantine_cap=0.0", world=2), tmp_path, code=2)
+    finish(start_ranks(broken, tmp_path, "data.quarantine_cap=0.0", world=2), tmp_path, code=2)
     said = (tmp_path / "output-0.txt").read_text() + (tmp_path / "output-1.txt").read_text()
     assert "more than the 10 that data.quarantine_cap allows" in said and "Traceback" not in said
     rows = [json.loads(line)["row"] for line in ledger(tmp_path / "one").splitlines()]

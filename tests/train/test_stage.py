@@ -2,13 +2,10 @@
 aside, what a checkpoint holds."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
 
@@ -17,28 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.made import made_data, made_recipe, stage0
-from vistune import cli
+from tests.made import made_data, made_recipe
+from tests.runs import finish_run, run_both, start_run
 from vistune import recipe as recipes
 from vistune.train import checkpoint, learn, loop, metrics, parallel, stage
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return stage0(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return made_data(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(run: Path) -> list[float]:
@@ -161,48 +142,6 @@ def test_resume_is_bit_for_bit(start, data, tmp_path, precision, monkeypatch):
     assert losses(broken) == losses(whole) and len(losses(whole)) == 6
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(broken)[name]), name
-
-
-def start_run(recipe: recipes.Recipe, folder: Path, *words: str, rank: int = 0, world: int = 1, port: int = 0):
-    """`vistune train` in a process forked from this one, which has imported everything already."""
-    file = folder / "recipe.toml"
-    file.write_text(recipes.dump(recipe))
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=_train, args=(["train", str(file), *words], folder, rank, world, port))
-    process.start()
-    return process
-
-
-def _train(arguments: list[str], folder: Path, rank: int, world: int, port: int) -> None:
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.setpgid(0, 0)
-    with (folder / f"output-{rank}.txt").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        code = cli._run(arguments)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def finish_run(process, folder: Path, code: int = 0) -> str:
-    process.join(120)
-    output = (folder / "output-0.txt").read_text()
-    assert process.exitcode == code, output[-3000:]
-    return output
-
-
-def run_both(recipe: recipes.Recipe, folder: Path, *words: str, code: int = 0) -> str:
-    """Two ranks over gloo on the loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [start_run(recipe, folder, *words, rank=rank, world=2, port=port) for rank in (0, 1)]
-    outputs = [finish_run(process, folder, code) for process in both]
-    return outputs[0]
 
 
 def test_kill_at_random_moments(start, data, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vistune.data.formats import Reader
+from vistune.data.index import Index
 from vistune.data.tokenize import Language, Tokens, fault, tokenize
 from vistune.images import ImageError, Layout, Picture, open_image
 from vistune.samples import Fault, Image, Sample, SampleError
@@ -77,6 +78,18 @@ class Item:
     pixels: list[np.ndarray]  # uint8 [3, H, W] or [patches, values] of every image
     faults: list[Fault] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)  # of every image that is patches
+
+
+def read_planned(index: Index, readers: Sequence[Reader], position: int, language: Language) -> Item:
+    """The sample at this position of the index."""
+    columns = index.columns
+    planned = Planned(
+        source=int(columns["source"][position]),
+        row=int(columns["row"][position]),
+        tokens=int(columns["text"][position]) + int(columns["image"][position]),
+        images=int(columns["images"][position]),
+    )
+    return read_item(readers[planned.source], planned, language, index.length)
 
 
 def read_item(reader: Reader, planned: Planned, language: Language, length: int) -> Item:

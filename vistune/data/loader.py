@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vistune.data.batch import Batch, Item, Planned, collate, read_item
+from vistune.data.batch import Batch, Item, collate, read_planned
 from vistune.data.formats import Reader
 from vistune.data.plan import Plan
 from vistune.data.processes import context
@@ -87,14 +87,7 @@ class _Steps(Dataset):
         return [collate([self._item(position) for pack in micro for position in pack], self.pad_to) for micro in micros]
 
     def _item(self, position: int) -> Item:
-        columns = self.plan.index.columns
-        planned = Planned(
-            source=int(columns["source"][position]),
-            row=int(columns["row"][position]),
-            tokens=int(columns["text"][position]) + int(columns["image"][position]),
-            images=int(columns["images"][position]),
-        )
-        return read_item(self.readers[planned.source], planned, self.language, self.plan.index.length)
+        return read_planned(self.plan.index, self.readers, position, self.language)
 
 
 @dataclass

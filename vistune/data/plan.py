@@ -43,7 +43,7 @@ class Plan:
     `unit` "packs": a step is `batch` packs; `window` samples at a time are packed together, and windows and the packs
     within them are shuffled anew in every epoch. `pack` = False makes each sample a pack.
 
-    `shares` says how many samples of each source an epoch has (`repeats` is short for shares of so many epochs each).
+    `shares` says how many samples of each source an epoch has.
     With whole numbers of epochs the windows of "packs" are the same in every epoch; otherwise other samples come in
     each, so that each is packed anew and may have some steps more or less.
 
@@ -66,7 +66,6 @@ class Plan:
         seed: int = 0,
         epochs: float = 1.0,
         steps: int | None = None,
-        repeats: Sequence[float] | None = None,
         window: int = 16384,
         shares: Sequence[Share] | None = None,
         images_per_pack: int = 0,
@@ -78,8 +77,6 @@ class Plan:
         self.index, self.batch, self.unit, self.length, self.pack = index, batch, unit, length, pack
         self.seed, self.epochs, self.window, self.group, self.micro_batch = seed, epochs, window, group, micro_batch
         self.images_per_pack, self.workers, self.block = images_per_pack, workers, block
-        if shares is None and repeats is not None:
-            shares = [Share(epochs=times) for times in repeats]
         self.order = Order(index, seed, shares, block=block, span=window)
         self._steps = steps
         self._windows: dict[tuple[int, int], list[Pack]] = {}

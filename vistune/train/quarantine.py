@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vistune import console, ranks
-from vistune.samples import Fault
+from vistune.samples import Fault, faults_allowed
 
 
 class Ledger:
@@ -18,7 +18,7 @@ class Ledger:
 
     def __init__(self, run: Path, samples: int, cap: float, strict: bool):
         self.path = run / "quarantine.jsonl"
-        self.limit = max(10, int(cap * samples))
+        self.limit = faults_allowed(samples, cap)
         self.strict = strict
         self.faults: dict[tuple[str, int, str], Fault] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():

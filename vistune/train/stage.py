@@ -212,7 +212,7 @@ def train(
         rank=ranks.rank(),
         world=ranks.world(),
         packs_per_micro=recipe.train.micro_batch,
-        pad_to=_pad_to(recipe, loop.device),
+        pad_to=inputs.pad_to(recipe, loop.device.type, recipe.train.micro_batch),
         workers=recipe.data.workers,
     )
     loop.save = save
@@ -229,13 +229,6 @@ def train(
     finally:
         if report is not None:
             report.stop()
-
-
-def _pad_to(recipe: Recipe, device: torch.device) -> int:
-    """What the tokens of a micro-batch are padded to a multiple of; the whole room makes every shape the same."""
-    if recipe.data.pad == "length":
-        return recipe.data.length * recipe.train.micro_batch
-    return 1 if device.type == "cpu" else 128
 
 
 def _take_up(saved: Path, tensors: dict[str, torch.Tensor], data: Data) -> dict[str, Any]:

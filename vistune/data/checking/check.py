@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vistune.data.checking.work import keep_pictures, keep_rows, pictures_file, 
 from vistune.data.formats import Reader
 from vistune.data.tokenize import Language
 from vistune.images import Layout
+from vistune.samples import faults_allowed
 
 _FORMAT = 1  # of what is kept of a check that was killed
 _PICTURES = 128  # of one piece of work
@@ -42,14 +44,16 @@ def check(
     decode: bool = True,
     expect: Sequence[int] = (),
     cap: float = 0.001,
+    strict: bool = False,
     seconds: float = 60.0,
 ) -> Report:
     """Find everything that is wrong with the rows of `readers` and write it to `out`.
 
     `length`: room of a sample in tokens. Without a language nothing is tokenized, and everything else is looked at.
     `decode`: every distinct picture is decoded whole, else only its header is read. `expect`: how many rows each source
-    should have, 0: any number. `cap`: share of faulty rows that a run allows (at least 10 rows). `seconds`: how long
-    one picture may take. What is done is kept in `out` until all is, so a check that was killed goes on.
+    should have, 0: any number. `cap`: share of faulty rows that a run allows (at least 10 rows), with `strict` none.
+    `seconds`: how long one picture may take. What is done is kept in `out` until all is, so a check that was killed
+    goes on.
 
     Writes findings.jsonl, summary.json and index.html, each whole or not at all.
     """
@@ -61,7 +65,7 @@ def check(
     _judge_rows(judge, work, workers)
     where = _distinct(judge, work)
     _judge_pictures(judge, work, where, decode, workers, seconds)
-    summary = sum_up(judge, work, out, list(expect), cap, decode)
+    summary = sum_up(judge, work, out, list(expect), partial(faults_allowed, cap=cap, strict=strict), decode)
     summary["seconds"] = round(time.monotonic() - began, 1)
     beside = out / ".summary.json"
     beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
@@ -37,8 +37,10 @@ class _Whole:
         return {name: column[here] for name, column in self.columns.items()}
 
 
-def sum_up(judge: RowJudge, work: Path, out: Path, expect: Sequence[int], cap: float, decode: bool) -> dict[str, Any]:
-    """Write findings.jsonl and return the summary."""
+def sum_up(
+    judge: RowJudge, work: Path, out: Path, expect: Sequence[int], allow: Callable[[int], int], decode: bool
+) -> dict[str, Any]:
+    """Write findings.jsonl and return the summary. `allow`: of so many rows, how many may be faulty in a run."""
     whole = _gather(judge, work)
     kept = kept_pictures(work)
     beside = out / ".findings.jsonl"
@@ -47,7 +49,7 @@ def sum_up(judge: RowJudge, work: Path, out: Path, expect: Sequence[int], cap: f
             whole.counts[found.number][found.code] += 1
             lines.write(as_line(found))
     os.replace(beside, out / "findings.jsonl")
-    return _summary(judge, whole, kept, expect, cap, decode)
+    return _summary(judge, whole, kept, expect, allow, decode)
 
 
 def _gather(judge: RowJudge, work: Path) -> _Whole:
@@ -146,11 +148,11 @@ def _name_of(judge: RowJudge, whole: _Whole, place: int) -> str:
 
 
 def _summary(
-    judge: RowJudge, whole: _Whole, kept: KeptPictures, expect: Sequence[int], cap: float, decode: bool
+    judge: RowJudge, whole: _Whole, kept: KeptPictures, expect: Sequence[int], allow: Callable[[int], int], decode: bool
 ) -> dict[str, Any]:
     rows, faulty = len(whole.columns["faulty"]), int(whole.columns["faulty"].sum())
     total: Counter[str] = sum(whole.counts, Counter())
-    limit = max(10, int(cap * rows))
+    limit = allow(rows)
     verdict = _verdict(rows, faulty, limit, total["source_unreadable"])
     return {
         "ok": not verdict,

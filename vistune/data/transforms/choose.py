@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field
@@ -75,18 +75,7 @@ Reason = Literal[
     "duplicate",
 ]
 
-DROPS: tuple[Reason, ...] = (
-    "too_short",
-    "first_turn",
-    "role_order",
-    "empty_turn",
-    "no_answer",
-    "markup",
-    "page_remains",
-    "special_tokens",
-    "words",
-    "duplicate",
-)
+DROPS: tuple[Reason, ...] = get_args(Reason)[1:]  # all but "unreadable"
 """What is left out unless `drops` says otherwise. A row has the first of the reasons that it fits."""
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
