@@ -37,10 +37,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as the model takes it: ids with every image expanded, and the images' pixels, uint8 [N,3,H,W]."""
+    """One prompt as the model takes it: ids with every image expanded; the pixels of each image as its layout prepares
+    them (uint8), and what the layout says of it (`Layout.grid`)."""
 
     ids: list[int]
-    pixels: Tensor | None
+    pixels: list[Tensor] = field(default_factory=list)
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 def prompt(loaded: Loaded, messages: Sequence[Message], pictures: Sequence[Image]) -> Prompt:
@@ -55,8 +57,8 @@ def prompt(loaded: Loaded, messages: Sequence[Message], pictures: Sequence[Image
     ids: list[int] = []
     for one in encoded.ids:
         ids += [loaded.image_token_id] * loaded.layout.tokens(*next(sizes).size) if one == IMAGE_ID else [one]
-    pixels = [torch.from_numpy(loaded.layout.prepare(picture)) for picture in opened]
-    return Prompt(ids, torch.stack(pixels) if pixels else None)
+    grids = [grid for picture in opened if (grid := loaded.layout.grid(*picture.size)) is not None]
+    return Prompt(ids, [torch.from_numpy(loaded.layout.prepare(picture)) for picture in opened], grids)
 
 
 def marked(text: str, pictures: Sequence[Image]) -> str:
@@ -125,8 +127,7 @@ def _generate(
     given: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if settings.temperature > 0:
         given = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    if any(p.pixels is not None for p in prompts):
-        given["pixel_values"] = _pixels(loaded, prompts)
+    given |= _images(loaded, prompts)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         out = model.generate(
@@ -141,10 +142,14 @@ def _generate(
     return out[:, longest:].tolist()
 
 
-def _pixels(loaded: Loaded, prompts: Sequence[Prompt]) -> Tensor:
+def _images(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """The images of all prompts as the class's own forward takes them."""
     model: Any = loaded.model
-    pixels = torch.cat([p.pixels for p in prompts if p.pixels is not None])
-    return images.normalize(pixels.to(model.device), loaded.layout, model.dtype)
+    if not any(p.pixels for p in prompts):
+        return {}
+    pixels = [images.normalize(one.to(model.device), loaded.layout, model.dtype) for p in prompts for one in p.pixels]
+    inputs = loaded.family.inputs(pixels, [grid for p in prompts for grid in p.grids])
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def _pad(loaded: Loaded) -> int:

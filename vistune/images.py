@@ -145,8 +145,9 @@ class Layout(Protocol):
     """How a family lays out an image: size in pixels -> number of tokens, picture -> pixels.
 
     Pixels are uint8: [3, H, W], the same for every image, where `grid` is None; else [patches, 3 * patch * patch], and
-    `grid` says (frames, rows, columns) of them. An image that cannot be laid out raises ImageError. `repr` tells
-    everything: the index is made anew when it changes.
+    `grid` says (frames, rows, columns) of them, or [tiles, 3, H, W], and it says (tiles, height, width): how many, and
+    of what size in pixels the image was. Those of several images are laid end to end. An image that cannot be laid out
+    raises ImageError. `repr` tells everything: the index is made anew when it changes.
     """
 
     @property
@@ -275,10 +276,12 @@ class FixedLayout:
 
 
 def normalize(pixels: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """(x / 255 - mean) / std of uint8 [N, 3, H, W] or [patches, 3 * values], in the same shape.
+    """(x / 255 - mean) / std of uint8 [N, 3, H, W], [3, H, W] or [patches, 3 * values], in the same shape.
 
     Computed in fp32 on the pixels' device and cast to `dtype`.
     """
+    if pixels.ndim == 3:
+        return normalize(pixels[None], layout, dtype)[0]
     # One product and one sum, of numbers made in double precision: within 3e-7 of three roundings in a row.
     scale = torch.tensor([1 / (255 * std) for std in layout.std], device=pixels.device).view(3, 1)
     shift = torch.tensor([-mean / std for mean, std in zip(layout.mean, layout.std, strict=True)], device=pixels.device)

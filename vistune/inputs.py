@@ -19,7 +19,8 @@ from vistune.data.shares import Share
 from vistune.data.tokenize import Language
 from vistune.data.transforms import apply
 from vistune.images import FixedLayout
-from vistune.models.load import Described, describe, read_config
+from vistune.models.folders import Described, read_config
+from vistune.models.load import describe
 from vistune.native import NativeLayout, open_native
 from vistune.recipe import Recipe, Source
 from vistune.text_encoder import TextEncoder, open_encoder
@@ -142,7 +143,8 @@ def model_folder(start: str | Path) -> Path:
 
 def describe_model(recipe: Recipe) -> Described:
     """What the recipe's start folder says of the model, its weights apart."""
-    return describe(model_folder(recipe.model.start), template=recipe.model.template, image=recipe.model.image)
+    said = recipe.model
+    return describe(model_folder(said.start), template=said.template, image=said.image, options=said.options)
 
 
 @dataclass

@@ -27,7 +27,10 @@ class Model(Section):
 
     start: str = Field(description="a model folder, or the folder of a finished run")
     template: str | None = Field(None, description="name of a chat template, see chat.md")
-    image: Literal["square", "pad"] | None = Field(None, description="cut out the middle, or widen to a square")
+    image: Literal["square", "pad", "anyres"] | None = Field(
+        None, description="cut out the middle, widen to a square, or (llava_next) cut into tiles"
+    )
+    options: dict[str, Any] = Field({}, description="what its family takes beside, see models.md")
 
 
 class Source(Section):

@@ -88,7 +88,7 @@ def test_the_vocabulary_grows_by_means_and_the_head_stays_tied_or_untied(parts, 
             for extra in mine[len(theirs) :]:
                 torch.testing.assert_close(extra, theirs.mean(0))
         assert (head is rows) == (language == "qwen2")
-        names = set(weights.Stored(folder).files)
+        names = set(weights.stored(folder))
         assert ("language_model.lm_head.weight" in names) == (language == "llama")
 
 
@@ -105,7 +105,7 @@ def test_a_fresh_connector_follows_its_seed(parts, tmp_path):
     read = []
     for seed in (0, 0, 1):
         assemble(parts / "clip", parts / "llama", tmp_path / "out", seed=seed)
-        read.append(weights.Stored(tmp_path / "out")["multi_modal_projector.linear_1.weight"].clone())
+        read.append(weights.stored(tmp_path / "out")["multi_modal_projector.linear_1.weight"].read().clone())
     assert torch.equal(read[0], read[1]) and not torch.equal(read[0], read[2])
 
 
@@ -116,13 +116,13 @@ def test_the_original_connector_file(parts, tmp_path):
     shutil.copy(GOLDEN / "llava" / "tokenizers" / "llama_like" / "tokenizer.json", language)
     out = tmp_path / "out"
     assemble(parts_of_it[0], language, out, connector=ORIGINAL / "stage1-mlp2x_gelu")
-    stored = weights.Stored(out)
+    stored = weights.stored(out)
     for index, layer in (("0", "linear_1"), ("2", "linear_2")):
         for kind in ("weight", "bias"):
             wanted = held[f"model.mm_projector.{index}.{kind}"]
-            assert torch.equal(stored[f"multi_modal_projector.{layer}.{kind}"], wanted.float())
+            assert torch.equal(stored[f"multi_modal_projector.{layer}.{kind}"].read(), wanted.float())
     assemble(parts_of_it[0], language, tmp_path / "again", connector=out)
-    first = weights.Stored(tmp_path / "again")["multi_modal_projector.linear_1.weight"]
+    first = weights.stored(tmp_path / "again")["multi_modal_projector.linear_1.weight"].read()
     assert torch.equal(first, held["model.mm_projector.0.weight"].float())
     with pytest.raises(ValueError, match="a linear connector"):
         read_connector(ORIGINAL / "stage1-linear" / "mm_projector.bin")
@@ -183,7 +183,7 @@ def test_weights_that_do_not_fit_are_refused(stage0, tmp_path):
         load(edited(stage0, tmp_path / "d", lambda t: t[gone].fill_(float("inf"))))
     with pytest.raises(ValueError, match="no such folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no config.json"):
+    with pytest.raises(ValueError, match="no checkpoint format takes"):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"not a whole safetensors file|nowhere|header|[Ii]ncomplete"):
         cut = copied(stage0, tmp_path / "e") / weights.SINGLE
@@ -212,10 +212,11 @@ def test_saving_keeps_frozen_bytes_and_types(parts, tmp_path, stage0):
     with torch.no_grad():
         for p in loaded.family.parts(loaded.model)["connector"][0].parameters():
             p.add_(1e-4)
-    save(loaded, tmp_path / "end", frozen_from=tmp_path / "start", card="# a card", shard_bytes=60_000)
-    start, end = weights.Stored(tmp_path / "start"), weights.Stored(tmp_path / "end")
-    assert start.files.keys() == end.files.keys() and len(set(end.files.values())) > 3
-    for name in start.files:
+    save(loaded, tmp_path / "end", frozen_from=loaded.source, card="# a card", shard_bytes=60_000)
+    assert len(list((tmp_path / "end").glob("*.safetensors"))) > 3
+    start, end = ({n: e.read() for n, e in weights.stored(tmp_path / f).items()} for f in ("start", "end"))
+    assert start.keys() == end.keys()
+    for name in start:
         if "projector" in name:
             assert end[name].dtype == torch.float32 and not torch.equal(end[name], start[name].float())
         else:
@@ -223,7 +224,7 @@ def test_saving_keeps_frozen_bytes_and_types(parts, tmp_path, stage0):
     assert (tmp_path / "end" / "README.md").read_text() == "# a card"
     assert load(tmp_path / "end").template_name == "v1"
     assert load(tmp_path / "end", image="square").layout.mode == "square"
-    again = stored_tensors(tmp_path / "start", loaded.model)
+    again = stored_tensors(loaded)
     wanted = start["language_model.model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(again("model.language_model.layers.0.mlp.up_proj.weight"), wanted)
 

@@ -218,7 +218,7 @@ def test_family_lookup(tmp_path):
         family("lava")
     with pytest.raises(ValueError, match="'gpt2'"):
         family_of({"model_type": "gpt2"})
-    with pytest.raises(ValueError, match="original format"):
+    with pytest.raises(ValueError, match="'llava_llama'"):
         family_of({"model_type": "llava_llama", "mm_vision_tower": "x"})
 
 

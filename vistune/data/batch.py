@@ -29,12 +29,12 @@ class Batch:
     lengths: list[int]  # of the segments in order, T in all; padding, if any, is the last segment
     rows: Tensor  # int64 [S]: positions whose next token, of the same sample, is learned
     targets: Tensor  # int64 [S]: those next tokens
-    pixels: Tensor | None  # uint8 [N, 3, H, W] or [patches, values] in the order of the placeholders
+    pixels: Tensor | None  # uint8 [N, 3, H, W], or [patches, values] or [tiles, 3, H, W], as the placeholders come
     samples: int
     tokens: int  # padding apart
     keys: list[tuple[int, int]] = field(default_factory=list)  # (number of the source, row) of every sample
     faults: list[Fault] = field(default_factory=list)  # met while loading
-    grids: Tensor | None = None  # int64 [N, 3]: frames, rows and columns of the patches of each image
+    grids: Tensor | None = None  # int64 [N, 3], always on the host: what the layout says of each image (`Layout.grid`)
 
     @property
     def images(self) -> int:
@@ -43,7 +43,7 @@ class Batch:
         return 0 if self.pixels is None else len(self.pixels)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; the grids stay, since the host counts with them."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
@@ -55,7 +55,6 @@ class Batch:
             rows=moved(self.rows),
             targets=moved(self.targets),
             pixels=None if self.pixels is None else moved(self.pixels),
-            grids=None if self.grids is None else moved(self.grids),
         )
 
 

@@ -20,7 +20,8 @@ from vistune import chat
 from vistune.models import clip, weights
 from vistune.models.checkpoints.llava_original import read_connector
 from vistune.models.families import family
-from vistune.models.load import Loaded, generation_config, quiet, read_config, read_model, save
+from vistune.models.folders import quiet, read_config, savable
+from vistune.models.load import Loaded, read_model, save
 from vistune.samples import IMAGE_MARK
 
 # What a folder's model_type may be, and the class of its vision half.
@@ -81,9 +82,20 @@ def assemble(
     model = _join(config, vision_model, joined, language_model)
     llava = family("llava")
     layout = clip.layout(pixels, config, image)
-    processor = llava.processor(config, tokenizer, layout, chat.chat_template(chosen, tokenizer))
-    loaded = Loaded(Path(out), llava, tokenizer, processor, template, layout, image_token, model)
-    save(loaded, out, frozen_from=None, card=_card(vision, language, connector))
+    loaded = Loaded(
+        folder=Path(out),
+        family=llava,
+        config=config,
+        generation=model.generation_config,
+        tokenizer=tokenizer,
+        template_name=template,
+        layout=layout,
+        image_token_id=image_token,
+        model=model,
+        source={},
+    )
+    save(loaded, out, card=_card(vision, language, connector))
+    loaded.source = weights.stored(Path(out))
     return loaded
 
 
@@ -217,8 +229,8 @@ def _read_connector(source: Path) -> dict[str, Tensor]:
         return read_connector(source)
     if not source.is_dir():
         raise ValueError(f"connector: {source}: no such file or folder")
-    stored, mark = weights.Stored(source), "multi_modal_projector."
-    return {name.rpartition(mark)[2]: stored[name] for name in stored.files if mark in name}
+    mark = "multi_modal_projector."
+    return {name.rpartition(mark)[2]: one.read() for name, one in weights.stored(source).items() if mark in name}
 
 
 def _join(config: Any, vision_model: Any, connector: nn.Module, language_model: Any) -> Any:
@@ -229,7 +241,7 @@ def _join(config: Any, vision_model: Any, connector: nn.Module, language_model: 
     model.model.multi_modal_projector = connector
     model.model.language_model = language_model.model
     model.lm_head = language_model.lm_head
-    model.generation_config = generation_config(language_model)
+    model.generation_config = savable(language_model.generation_config)
     model.generation_config.pad_token_id = config.pad_token_id
     return model.eval()
 

@@ -5,6 +5,8 @@ Shapes: N images, P tokens of an image. Knows nothing of what the features are f
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,6 +103,19 @@ def layout(processor: Any, config: Any, image: str | None) -> Layout:
             f"vision_config.image_size = {vision.image_size}; one of them is not this tower's"
         )
     return found
+
+
+def read_image_processor(folder: Path) -> dict[str, Any]:
+    """The image processor that a folder describes, as the table its JSON is. ValueError when there is none."""
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if (file := folder / name).is_file():
+            try:
+                read = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file}: not JSON ({error})") from error
+            if found := read.get(key) if key else read:
+                return found
+    raise ValueError(f"{folder}: no preprocessor_config.json in it, which says how pictures become pixels")
 
 
 def image_processor(layout: FixedLayout) -> LlavaImageProcessorPil:

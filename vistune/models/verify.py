@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vistune import console
+from vistune.models import checkpoints
 from vistune.models.assemble import read_language, read_vision, resolve
-from vistune.models.families import family_of
-from vistune.models.load import nonfinite, read_config, read_model
+from vistune.models.load import build, nonfinite
 
 # Relative to the largest value. Hidden states come out bit-equal; the head's product may add in another order.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -67,8 +67,8 @@ def verify(folder: Path | str, *, vision: str | Path, language: str | Path) -> R
     """
     folder = Path(folder)
     report = Report(str(folder))
-    family = family_of(read_config(folder), str(folder / "config.json"))
-    model: Any = read_model(family.model_class, folder, "auto", finite=False)
+    found = checkpoints.read(folder)
+    model: Any = build(found.said.family, found.said.config, found.tensors, "auto", str(folder), finite=False)
     bad = nonfinite(model)
     report.rows.append(Row("all", "values are finite", sum(1 for _ in model.parameters()), 0.0, _cause_nonfinite(bad)))
 

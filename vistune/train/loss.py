@@ -87,5 +87,5 @@ class StepModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Summed cross-entropy over the batch's supervised tokens: fp32 scalar."""
         pixels = None if batch.pixels is None else normalize(batch.pixels, self.layout, self.dtype)
-        hidden_TD = self.family.hidden(self.model, batch.ids, batch.positions, batch.lengths, pixels)
+        hidden_TD = self.family.hidden(self.model, batch.ids, batch.positions, batch.lengths, pixels, batch.grids)
         return cross_entropy_sum(hidden_TD[batch.rows], self.family.head(self.model), batch.targets)

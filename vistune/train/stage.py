@@ -85,8 +85,9 @@ def _refuse_other(recipe: Recipe, saved: Path) -> None:
 
 
 def load_model(recipe: Recipe) -> models.Loaded:
-    start = inputs.model_folder(recipe.model.start)
-    return models.load(start, dtype=torch.float32, template=recipe.model.template, image=recipe.model.image)
+    said = recipe.model
+    start = inputs.model_folder(said.start)
+    return models.load(start, template=said.template, image=said.image, options=said.options)
 
 
 def show_parts(loaded: models.Loaded, learned: list[Learned]) -> None:
@@ -168,7 +169,12 @@ def _flops(loaded: models.Loaded, recipe: Recipe) -> Callable[[Batch], float]:
 
     def count(batch: Batch) -> float:
         return loaded.family.flops(
-            loaded.model.config, lengths=batch.lengths, images=batch.images, supervised=len(batch.targets), learn=learns
+            loaded.model.config,
+            lengths=batch.lengths,
+            images=batch.images,
+            supervised=len(batch.targets),
+            learn=learns,
+            grids=batch.grids,
         )
 
     return count
@@ -251,7 +257,7 @@ def dry_run(folder: Path, loaded: models.Loaded, loop: Loop, save: Callable[[Sta
 
 def _try_export(folder: Path, loaded: models.Loaded) -> None:
     with checkpoint.disk_errors(folder):
-        needed = sum(file.stat().st_size for file in loaded.folder.glob("*.safetensors"))
+        needed = sum(entry.nbytes for entry in loaded.source.values())
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise ValueError(
@@ -269,10 +275,10 @@ def finish(recipe: Recipe, folder: Path, loaded: models.Loaded, data: Data, loop
         summary.update(record.summarize(folder, metrics.read(folder), loop))
         if recipe.lora.r:
             learn.save_adapter(loaded.model, folder / "adapter", recipe.model.start)
-            learn.merge_adapters(loaded.model, models.stored_tensors(loaded.folder, loaded.model))
+            learn.merge_adapters(loaded.model, models.stored_tensors(loaded))
         with checkpoint.disk_errors(folder / "model"):
             text = record.card(recipe, data.index, summary)
-            models.save(loaded, folder / "model", frozen_from=loaded.folder, card=text)
+            models.save(loaded, folder / "model", frozen_from=loaded.source, card=text)
             record.write(folder / "summary.json", json.dumps(summary, indent=2))
         console.say(f"model folder: {folder / 'model'}")
 

@@ -5,12 +5,12 @@ Knows the published file (a pickle, read without unpickling anything but tensors
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from vistune.models import weights
 
 # The stock connector's two layers by the index they have in the original's nn.Sequential.
 _LAYERS = {"0": "linear_1", "2": "linear_2"}
@@ -22,12 +22,7 @@ def read_connector(path: Path | str) -> dict[str, Tensor]:
     Any prefix before "mm_projector." is taken; other tensors (embeddings) are left. ValueError for a file that is no
     such pickle, or holds another kind of connector than mlp2x_gelu.
     """
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a pickle of tensors alone ({error}); nothing of it was run") from error
-    if not isinstance(held, dict):
-        raise ValueError(f"{path}: holds a {type(held).__name__}, not a table of tensors")
+    held = weights.pickled(Path(path))
     found = {key.rpartition("mm_projector.")[2]: value for key, value in held.items() if "mm_projector." in key}
     if set(found) == {"weight", "bias"}:
         raise ValueError(f"{path}: a linear connector; only mlp2x_gelu (two linear layers) can be used")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from vistune.images import Layout
 from vistune.models import attention, clip
 from vistune.models.flops import Piece, causal_pairs, learns, linear_weights, total
+from vistune.samples import IMAGE_MARK
 
 # The names of the published llava-hf folders, which every version of `transformers` and vLLM reads.
 _PUBLISHED = {
@@ -31,11 +33,21 @@ class Llava:
     """See `vistune.models.families.Family`."""
 
     name = "llava"
+    config_class: type[PretrainedConfig] = LlavaConfig
     model_class: type[PreTrainedModel] = LlavaForConditionalGeneration
+    image_token = IMAGE_MARK
+    embedding = "model.language_model.embed_tokens.weight"
+    options: Mapping[str, str] = {}
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         # The original format's older files call themselves "llava" too, but have no vision_config.
         return config.get("model_type") == "llava" and "vision_config" in config
+
+    def configure(self, config: PretrainedConfig, options: Mapping[str, Any]) -> None:
+        assert not options
+
+    def options_of(self, config: PretrainedConfig, layout: Layout) -> dict[str, Any]:
+        return {}
 
     def parts(self, model: nn.Module) -> dict[str, list[nn.Module]]:
         inner: Any = model.model
@@ -57,8 +69,11 @@ class Llava:
         head: Any = model.lm_head
         return head
 
-    def layout(self, config: PretrainedConfig, processor: Any, image: str | None) -> Layout:
-        return clip.layout(processor.image_processor, config, image)
+    def read_processor(self, folder: Path) -> Any:
+        return clip.read_image_processor(folder)
+
+    def layout(self, config: PretrainedConfig, processor: Any, image: str | None, options: Mapping[str, Any]) -> Layout:
+        return clip.layout(processor, config, image)
 
     def processor(self, config: Any, tokenizer: Any, layout: Any, chat_template: str | None) -> LlavaProcessor:
         return LlavaProcessor(
@@ -70,8 +85,20 @@ class Llava:
             chat_template=chat_template,
         )
 
+    def complete(self, folder: Path, config: dict[str, Any]) -> None:
+        """Stock files are all it needs."""
+
+    def inputs(self, pixels: list[Tensor], grids: list[tuple[int, int, int]]) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack(pixels)}
+
     def hidden(
-        self, model: nn.Module, ids: Tensor, positions: Tensor, lengths: Sequence[int], pixels: Tensor | None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        positions: Tensor,
+        lengths: Sequence[int],
+        pixels: Tensor | None,
+        grids: Tensor | None = None,
     ) -> Tensor:
         """See `Family.hidden`. Raises ValueError when the placeholders in `ids` are not those of the images."""
         inner: Any = model.model
@@ -107,6 +134,7 @@ class Llava:
         images: int,
         supervised: int,
         learn: Collection[str] = ("vision", "connector", "language"),
+        grids: Tensor | None = None,
     ) -> int:
         """See `Family.flops`. Unused last vision layers are not run and not counted."""
         pieces = _vision_pieces(config, images, learn) if images else []
