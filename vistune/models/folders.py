@@ -61,7 +61,7 @@ def describe(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     chosen = {**ours.get("options", {}), **(options or {})}
     family.configure(config, chosen)
-    name = template or ours.get("template", "tokenizer")
+    name = template or ours.get("template", family.template)
     chat.check_fits(chat.template(name), tokenizer)
     return Described(
         folder=folder,

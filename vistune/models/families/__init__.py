@@ -29,6 +29,8 @@ class Family(Protocol):
     """The token that stands for a piece of a picture, as the tokenizer spells it."""
     embedding: str
     """The language model's embedding by its name in the model; the head is `lm_head.weight`."""
+    template: str
+    """The chat template of a folder that names none: "tokenizer" (its own), or a key of `vistune.chat.TEMPLATES`."""
     options: Mapping[str, str]
     """What `model.options` of a recipe may say, each with a line of explanation."""
 

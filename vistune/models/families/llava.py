@@ -37,6 +37,7 @@ class Llava:
     model_class: type[PreTrainedModel] = LlavaForConditionalGeneration
     image_token = IMAGE_MARK
     embedding = "model.language_model.embed_tokens.weight"
+    template = "tokenizer"
     options: Mapping[str, str] = {}
 
     def matches(self, config: Mapping[str, Any]) -> bool:
