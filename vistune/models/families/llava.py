@@ -17,7 +17,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from vistune.images import Layout
 from vistune.models import attention, clip
-from vistune.models.flops import Piece, causal_pairs, learns, linear_weights, total
+from vistune.models import language as lm
+from vistune.models.flops import Piece, learns, linear_weights, total
 from vistune.samples import IMAGE_MARK
 
 # The names of the published llava-hf folders, which every version of `transformers` and vLLM reads.
@@ -104,19 +105,13 @@ class Llava:
         """See `Family.hidden`. Raises ValueError when the placeholders in `ids` are not those of the images."""
         inner: Any = model.model
         attention.use(inner)
-        where = _placeholders(ids, pixels, inner.config)
+        images, each = 0 if pixels is None else len(pixels), clip.tokens(inner.config)
+        where = lm.placeholders(ids, inner.config.image_token_id, images * each, f"{images} images of {each} tokens")
         embeds = inner.get_input_embeddings()(ids)
         if pixels is not None and where is not None:
             features = inner.multi_modal_projector(clip.see(inner.vision_tower, pixels, inner.config))
-            embeds = embeds.index_copy(0, where, features.flatten(0, 1).to(embeds.dtype))
-        out = inner.language_model(
-            inputs_embeds=embeds.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            attention_mask=attention.no_mask(embeds),
-            use_cache=False,
-            segments=attention.segments(lengths, ids.device),
-        )
-        return out.last_hidden_state.squeeze(0)
+            embeds = lm.splice(embeds, where, features.flatten(0, 1))
+        return lm.hidden(inner.language_model, embeds, positions, lengths)
 
     def stored_name(self, name: str) -> str:
         for ours, published in _PUBLISHED.items():
@@ -138,76 +133,34 @@ class Llava:
         grids: Tensor | None = None,
     ) -> int:
         """See `Family.flops`. Unused last vision layers are not run and not counted."""
-        pieces = _vision_pieces(config, images, learn) if images else []
-        return total([*pieces, *_language_pieces(config, lengths, supervised, learn)])
+        weights = _weights(config.to_json_string(use_diff=False))
+        pieces = _vision_pieces(config, weights, images, learn) if images else []
+        return total([*pieces, *lm.pieces(config.text_config, weights, lengths, supervised, learn)])
 
 
-def _placeholders(ids: Tensor, pixels: Tensor | None, config: Any) -> Tensor | None:
-    """Positions of the image tokens in `ids`, or None without images. The host does not wait for an accelerator."""
-    per_image = clip.tokens(config)
-    images = 0 if pixels is None else len(pixels)
-    mask = ids == config.image_token_id
-    if ids.device.type == "cpu":
-        where = mask.nonzero().squeeze(1)
-        if len(where) != images * per_image:
-            raise ValueError(
-                f"{len(where)} image placeholders (id {config.image_token_id}) in the pack, but {images} images "
-                f"of {per_image} tokens; the data must lay {images * per_image}"
-            )
-        return where if images else None
-    if images == 0:
-        return None
-    torch._assert_async(mask.sum() == images * per_image)
-    return torch.nonzero_static(mask, size=images * per_image).squeeze(1)
-
-
-def _vision_pieces(config: Any, images: int, learn: Collection[str]) -> list[Piece]:
-    sizes, vision = _sizes(config.to_json_string(use_diff=False)), config.vision_config
+def _vision_pieces(config: Any, weights: dict[str, Any], images: int, learn: Collection[str]) -> list[Piece]:
+    vision = config.vision_config
     used, rows = clip.used_layers(config), images * clip.positions(config)
     rest, layers = learns(learn, "vision", vision.num_hidden_layers)
     scores = 4 * rows * clip.positions(config) * vision.hidden_size
-    pieces = [Piece(2 * images * (vision.image_size // vision.patch_size) ** 2 * sizes["patch"], learns=rest)]
-    for (inputs, others), learning in list(zip(sizes["vision"], layers, strict=True))[:used]:
-        pieces += _layer_pieces(2 * rows * inputs, scores, 2 * rows * others, learning)
+    pieces = [Piece(2 * images * (vision.image_size // vision.patch_size) ** 2 * weights["patch"], learns=rest)]
+    for (inputs, others), learning in list(zip(weights["vision"], layers, strict=True))[:used]:
+        pieces += lm.layer_pieces(2 * rows * inputs, scores, 2 * rows * others, learning)
     connected = images * clip.tokens(config)
-    return [*pieces, Piece(2 * connected * sizes["connector"], learns="connector" in learn)]
-
-
-def _language_pieces(config: Any, lengths: Sequence[int], supervised: int, learn: Collection[str]) -> list[Piece]:
-    sizes, text, tokens = _sizes(config.to_json_string(use_diff=False)), config.text_config, sum(lengths)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    window = getattr(text, "sliding_window", None)
-    scores = 4 * causal_pairs(lengths, window) * text.num_attention_heads * width
-    rest, layers = learns(learn, "language", text.num_hidden_layers)
-    pieces = [Piece(learns=rest)]  # the embedding: a look-up
-    for (inputs, others), learning in zip(sizes["language"], layers, strict=True):
-        pieces += _layer_pieces(2 * tokens * inputs, scores, 2 * tokens * others, learning)
-    return [*pieces, Piece(2 * supervised * sizes["head"], learns=rest)]
-
-
-def _layer_pieces(inputs: int, scores: int, others: int, learning: bool) -> list[Piece]:
-    """A layer begins with a norm, whose weights learn with it."""
-    return [Piece(learns=learning), Piece(inputs, scores, learning), Piece(others, learns=learning)]
+    return [*pieces, Piece(2 * connected * weights["connector"], learns="connector" in learn)]
 
 
 @functools.lru_cache(maxsize=8)
-def _sizes(config_json: str) -> dict[str, Any]:
+def _weights(config_json: str) -> dict[str, Any]:
     """Weights of the linear layers, counted on the meta device: exact for whatever language model is composed."""
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(json.loads(config_json)))
     return {
         "patch": clip.inside(model.model.vision_tower).embeddings.patch_embedding.weight.numel(),
-        "vision": [_layer(layer) for layer in FAMILY.layers(model, "vision")],
+        "vision": [lm.layer_weights(layer) for layer in FAMILY.layers(model, "vision")],
         "connector": linear_weights(model.model.multi_modal_projector),
-        "language": [_layer(layer) for layer in FAMILY.layers(model, "language")],
-        "head": model.lm_head.weight.numel(),
+        **lm.weights(model.model.language_model, model.lm_head),
     }
-
-
-def _layer(layer: nn.Module) -> tuple[int, int]:
-    """Weights before the attention of a layer, and after it."""
-    before = linear_weights(layer, only="self_attn", but="o_proj") - linear_weights(layer, only="self_attn.out_proj")
-    return before, linear_weights(layer) - before
 
 
 FAMILY = Llava()

@@ -1,0 +1,85 @@
+"""A causal language model inside a vision-language model: its forward over a pack, and the operations that takes.
+
+Shapes: T tokens of a pack, D the language model's width. Knows no family and nothing of what pictures are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistune.models import attention
+from vistune.models.flops import Piece, causal_pairs, learns, linear_weights
+
+
+def hidden(language: Any, embeds: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Last hidden states of a stock language model over a pack: [T, D], positions [T] -> [T, D].
+
+    Its attention must be `attention.NAME` (`attention.use`); samples of `lengths` tokens do not see each other.
+    """
+    out = language(
+        inputs_embeds=embeds.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        attention_mask=attention.no_mask(embeds),
+        use_cache=False,
+        segments=attention.segments(lengths, embeds.device),
+    )
+    return out.last_hidden_state.squeeze(0)
+
+
+def placeholders(ids: Tensor, token: int, expected: int, what: str) -> Tensor | None:
+    """Positions of `token` in `ids` [T], or None when none are expected. The host does not wait for an accelerator.
+
+    `what` says in an error what `expected` is made of ("3 images of 16 tokens"). Raises ValueError.
+    """
+    mask = ids == token
+    if ids.device.type == "cpu":
+        where = mask.nonzero().squeeze(1)
+        if len(where) != expected:
+            raise ValueError(
+                f"{len(where)} image placeholders (id {token}) in the pack, but {what}; the data must lay {expected}"
+            )
+        return where if expected else None
+    if expected == 0:
+        return None
+    torch._assert_async(mask.sum() == expected)
+    return torch.nonzero_static(mask, size=expected).squeeze(1)
+
+
+def splice(embeds: Tensor, where: Tensor, features: Tensor) -> Tensor:
+    """`embeds` [T, D] with `features` [places, D] at the positions `where`."""
+    return embeds.index_copy(0, where, features.to(embeds.dtype))
+
+
+def weights(language: Any, head: nn.Linear) -> dict[str, Any]:
+    """Weights of the linear layers, as `pieces` takes them: "language" a pair for each layer, "head"."""
+    return {"language": [layer_weights(layer) for layer in language.layers], "head": head.weight.numel()}
+
+
+def layer_weights(layer: nn.Module) -> tuple[int, int]:
+    """Weights of a transformer layer's linear layers before its attention, and after it."""
+    before = linear_weights(layer, only="self_attn", but="o_proj") - linear_weights(layer, only="self_attn.out_proj")
+    return before, linear_weights(layer) - before
+
+
+def pieces(
+    text: Any, weights: dict[str, Any], lengths: Sequence[int], supervised: int, learn: Collection[str]
+) -> list[Piece]:
+    """The language model's part of a forward pass, embedding to head; `text` its config, `weights` from `weights`."""
+    tokens = sum(lengths)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    window = getattr(text, "sliding_window", None)
+    scores = 4 * causal_pairs(lengths, window) * text.num_attention_heads * width
+    rest, layers = learns(learn, "language", text.num_hidden_layers)
+    found = [Piece(learns=rest)]  # the embedding: a look-up
+    for (inputs, others), learning in zip(weights["language"], layers, strict=True):
+        found += layer_pieces(2 * tokens * inputs, scores, 2 * tokens * others, learning)
+    return [*found, Piece(2 * supervised * weights["head"], learns=rest)]
+
+
+def layer_pieces(inputs: int, scores: int, others: int, learning: bool) -> list[Piece]:
+    """A layer: it begins with a norm, whose weights learn with it."""
+    return [Piece(learns=learning), Piece(inputs, scores, learning), Piece(others, learns=learning)]
