@@ -28,6 +28,9 @@ from vistune.models.weights import Entry
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|position_ids$|masked_bias$|\.attn\.bias$")
 """Buffers that older files carry and that every model computes by itself."""
 
+Place = Callable[[Family, PreTrainedModel, str, Tensor], None]
+"""Puts a value that was read at its name in the model: as it is, or quantised."""
+
 
 @dataclass(kw_only=True)
 class Loaded(Described):
@@ -45,17 +48,19 @@ def load(
     image: str | None = None,
     options: Mapping[str, Any] | None = None,
     base: Path | str | None = None,
+    place: Place | None = None,
 ) -> Loaded:
     """Open a model on the CPU, in evaluation mode: a model folder, or a checkpoint in any format of `checkpoints`.
 
     `template`, `image` ("square", "pad") and the family's `options` override what the folder says; `base` is the other
-    half of a checkpoint that is only an adapter. `dtype` "auto" keeps every tensor's own. Raises ValueError for
-    missing, extra or mis-shaped weights, for values that are not finite, and for a template or tokenizer that does not
-    fit.
+    half of a checkpoint that is only an adapter. `dtype` "auto" keeps every tensor's own; `place` may hold a
+    tensor otherwise than it was read (`vistune.models.quantize`). Raises ValueError for missing, extra or mis-shaped
+    weights, for values that are not finite, and for a template or tokenizer that does not fit.
     """
     found = checkpoints.read(folder, base=base, template=template, image=image, options=options)
     said = found.said
-    model = build(said.family, said.config, found.tensors, dtype, f"{folder} ({found.format}: {found.why})")
+    where = f"{folder} ({found.format}: {found.why})"
+    model = build(said.family, said.config, found.tensors, dtype, where, place=place)
     model.generation_config = said.generation
     return Loaded(**vars(said), model=model, source=found.tensors)
 
@@ -80,6 +85,7 @@ def build(
     where: str,
     *,
     finite: bool = True,
+    place: Place | None = None,
 ) -> PreTrainedModel:
     """The family's model, filled from `tensors` one by one. ValueError, with `where`, for what does not fit.
 
@@ -90,7 +96,7 @@ def build(
     _decide_tie(family, config, given)
     with quiet(), init_empty_weights(include_buffers=False):
         model = family.model_class(config)
-    _fill(family, model, given, dtype, where, finite)
+    _fill(family, model, given, dtype, where, finite, place or as_read)
     if config.tie_word_embeddings:
         family.head(model).weight = model.get_input_embeddings().weight  # type: ignore[assignment]
     model.config.dtype = dtype if isinstance(dtype, torch.dtype) else next(model.parameters()).dtype
@@ -133,7 +139,13 @@ def _decide_tie(family: Family, config: PretrainedConfig, given: _Given) -> None
 
 
 def _fill(
-    family: Family, model: PreTrainedModel, given: _Given, dtype: torch.dtype | str, where: str, finite: bool
+    family: Family,
+    model: PreTrainedModel,
+    given: _Given,
+    dtype: torch.dtype | str,
+    where: str,
+    finite: bool,
+    place: Place,
 ) -> None:
     missing, shapes, bad, used = [], [], [], set()
     tied = model.config.tie_word_embeddings
@@ -153,7 +165,7 @@ def _fill(
         value = _owned(entry, dtype)
         if finite and value.is_floating_point() and not torch.isfinite(value).all():
             bad.append(found)
-        _set(model, name, value)
+        place(family, model, name, value)
     extra = [name for name in given.tensors if name not in used and not COMPUTED.search(name)]
     extra = [name for name in extra if not (tied and name == given.name(family.stored_name("lm_head.weight")))]
     _refuse(where, "missing", missing)
@@ -169,7 +181,8 @@ def _owned(entry: Entry, dtype: torch.dtype | str) -> Tensor:
     return value.to(wanted, copy=True, memory_format=torch.contiguous_format)
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
+def as_read(family: Family, model: nn.Module, name: str, value: Tensor) -> None:
+    """See `Place`: the value itself."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -226,8 +239,11 @@ def save(
     """Write a model folder, beside and then renamed, so that it is never half there.
 
     A tensor that still equals the one in `frozen_from` (in the type it was held in) is copied from there: same bytes,
-    same type. The others are written as `dtype`, or as they are. ValueError when `folder` holds something else.
+    same type. The others are written as `dtype`, or as they are. ValueError when `folder` holds something else, and for
+    a quantised model: what its weights were is not in it any more.
     """
+    if whole := [name for name, weight in loaded.model.named_parameters() if not weight.is_floating_point()]:
+        raise ValueError(f"{folder}: {len(whole)} weights are quantised ({whole[0]}, ...); save the model unquantised")
     with beside(Path(folder)) as new:
         tensors = _tensors(loaded, frozen_from or {}, dtype)
         weights.write(new, tensors, shard_bytes)
