@@ -109,14 +109,16 @@ def safetensors(file: Path) -> dict[str, Entry]:
     return {name: entry(name, part) for name, part in slices.items()}
 
 
-def pickled(file: Path) -> dict[str, Any]:
-    """What a file of `torch.save` holds, tensors mapped where the file allows it. Only tensors and plain containers
-    are ever unpickled: ValueError for a file with anything else, of which nothing is run."""
+def pickled(file: Path, also: Sequence[Any] = ()) -> dict[str, Any]:
+    """What a file of `torch.save` holds, tensors mapped where the file allows it. Only tensors, plain containers and
+    `also` (as `torch.serialization.safe_globals` takes them) are ever unpickled: ValueError for a file with anything
+    else, of which nothing is run."""
     try:
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: cannot be mapped
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(also)):
+            try:
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written before torch 1.6: cannot be mapped
+                found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file}: not a whole pickle of tensors alone ({error}); nothing of it was run") from error
     if not isinstance(found, dict):
