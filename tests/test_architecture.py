@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "recipe": (1, ("recipe",)),
     "ranks": (1, ("ranks",)),
     "console": (1, ("console",)),
-    "images": (2, ("images", "native")),
+    "images": (2, ("images", "native", "anyres")),
     "chat": (2, ("chat", "templates", "text_encoder", "word_cache")),
     "data": (3, ("data",)),
     "models": (3, ("models",)),

@@ -260,7 +260,7 @@ class FixedLayout:
 
         Raises ValueError for a processor that does not give every image one square size.
         """
-        read = _settings(image_processor)
+        read = settings(image_processor)
         size, resize = _sides(read, mode)
         normalized = read.get("do_normalize", True)
         return cls(
@@ -311,7 +311,8 @@ def _check_room(width: int, height: int, image: PIL.Image.Image) -> None:
         )
 
 
-def _settings(image_processor: Any) -> dict[str, Any]:
+def settings(image_processor: Any) -> dict[str, Any]:
+    """An image processor of `transformers` as the table its JSON is. ValueError unless it resizes and rescales."""
     read = image_processor if isinstance(image_processor, dict) else image_processor.to_dict()
     name = read.get("image_processor_type", type(image_processor).__name__)
     if not read.get("do_resize", True):
