@@ -1,4 +1,4 @@
-"""CLIP-like vision towers (CLIP, SigLIP): from pixels to features, and the image processor that gives those pixels.
+"""Vision towers with one grid of patches (CLIP, SigLIP, DINOv2): pixels to features, and the image processor for them.
 
 Shapes: N images, P tokens of an image. Knows nothing of what the features are for.
 """
@@ -6,6 +6,8 @@ Shapes: N images, P tokens of an image. Knows nothing of what the features are f
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,28 @@ from torch import Tensor, nn
 from transformers import LlavaImageProcessorPil
 
 from vistune.images import FixedLayout, Layout
+from vistune.models.modeling_llava_variant import at_scales, leading_tokens
+from vistune.models import language as lm
+from vistune.models.flops import Piece, learns, linear_weights
 
 
 def see(tower: nn.Module, pixels: Tensor, config: Any) -> Tensor:
-    """Features of images [N,3,H,W] -> [N,P,D_vision]: hidden states of the selected layers, class token as configured.
+    """Features of images [N,3,H,W] -> [N,P,D_vision]: hidden states of the selected layers, of the tokens as configured.
 
-    Layers above the last selected one are not run; without gradient when nothing in `tower` learns.
+    Layers above the last selected one are not run; without gradient when nothing in `tower` learns. With several
+    scales (`s2_scales`) the features of each stand beside one another.
     """
     learning = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
     with torch.set_grad_enabled(learning):
-        states = _states(inside(tower), pixels, [depth(layer, config) for layer in _chosen(config)])
-        picked = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-        return picked[:, 1:] if config.vision_feature_select_strategy == "default" else picked
+        if scales := s2_scales(config):
+            return at_scales(lambda tiles: _see(tower, tiles, config), pixels, scales)
+        return _see(tower, pixels, config)
+
+
+def _see(tower: nn.Module, pixels: Tensor, config: Any) -> Tensor:
+    states = _states(inside(tower), pixels, [depth(layer, config) for layer in _chosen(config)])
+    picked = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+    return picked[:, _dropped(config) :]
 
 
 def _states(tower: Any, pixels: Tensor, depths: list[int]) -> list[Tensor]:
@@ -34,7 +46,7 @@ def _states(tower: Any, pixels: Tensor, depths: list[int]) -> list[Tensor]:
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
     seen = {0: hidden}
-    for depth, layer in enumerate(tower.encoder.layers[: max(depths)], start=1):
+    for depth, layer in enumerate(layers(tower)[: max(depths)], start=1):
         hidden = layer(hidden, None)
         seen[depth] = hidden
     return [seen[depth] for depth in depths]
@@ -43,6 +55,34 @@ def _states(tower: Any, pixels: Tensor, depths: list[int]) -> list[Tensor]:
 def inside(tower: Any) -> Any:
     """The module with `embeddings` and `encoder`: some towers wrap it once more."""
     return getattr(tower, "vision_model", tower)
+
+
+def layers(tower: Any) -> nn.ModuleList:
+    """The layers of a tower."""
+    encoder = inside(tower).encoder
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+
+def patch_weights(tower: Any) -> int:
+    """Weights of the convolution that makes patches of pixels."""
+    embeddings = inside(tower).embeddings
+    patches = getattr(embeddings, "patch_embedding", None) or embeddings.patch_embeddings.projection
+    return patches.weight.numel()
+
+
+_DINO = re.compile(
+    r"embeddings\.(cls_token|mask_token|register_tokens|position_embeddings|patch_embeddings)|encoder\.layer\.|layernorm\."
+)
+_DINO_PARTS = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+_DINO_PARTS |= {"o_proj": "output.dense"}
+
+
+def published_name(name: str) -> str:
+    """A tower's parameter as published folders name it inside the tower, whatever this `transformers` calls it."""
+    name = name.removeprefix("vision_model.")
+    if _DINO.match(name):
+        return re.sub(r"(?<=\.attention\.)[qkvo]_proj(?=\.)", lambda found: _DINO_PARTS[found[0]], name)
+    return f"vision_model.{name}"
 
 
 def depth(layer: int, config: Any) -> int:
@@ -63,14 +103,26 @@ def used_layers(config: Any) -> int:
     return max(depth(layer, config) for layer in _chosen(config))
 
 
+def s2_scales(config: Any) -> list[int] | None:
+    """The sides at which a picture is seen when there are several."""
+    return getattr(config, "s2_scales", None)
+
+
 def class_tokens(config: Any) -> int:
-    return 1 if config.vision_config.model_type.startswith("clip") else 0
+    """Tokens of the tower before an image's patches: its class token, and registers."""
+    return leading_tokens(config.vision_config)
+
+
+def _dropped(config: Any) -> int:
+    """Of those, how many are left out. The stock class drops the first one alone, ours all of them."""
+    if config.vision_feature_select_strategy != "default":
+        return 0
+    return class_tokens(config) if config.model_type == "llava_variant" else 1
 
 
 def extra_tokens(config: Any) -> int:
-    """Tokens of an image beside its patches: a class token that is kept. Dropping one that is not there is refused."""
-    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    extra = class_tokens(config) - dropped
+    """Tokens of an image beside its patches that are kept. Dropping a class token that is not there is refused."""
+    extra = class_tokens(config) - _dropped(config)
     if extra < 0:
         raise ValueError(
             f"config.json: vision_feature_select_strategy is 'default', which drops a class token, "
@@ -79,29 +131,56 @@ def extra_tokens(config: Any) -> int:
     return extra
 
 
+def any_size(config: Any) -> bool:
+    """Whether the tower takes pictures of other sizes than it was made for (it interpolates its positions)."""
+    return bool(config.vision_config.model_type.startswith("dinov2"))
+
+
+def patches(config: Any, side: int | None = None) -> int:
+    """Patches of one image (of one tile, with several scales) of `side` pixels; None: as the folder's are."""
+    vision = config.vision_config
+    if side is None and any_size(config):
+        return config.image_seq_length - extra_tokens(config)
+    side = vision.image_size if side is None or s2_scales(config) else side
+    return (side // vision.patch_size) ** 2
+
+
 def positions(config: Any) -> int:
     """Positions of one image inside the tower."""
-    vision = config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 + class_tokens(config)
+    return patches(config) + class_tokens(config)
 
 
-def tokens(config: Any) -> int:
-    """Tokens one image gives the language model (P)."""
-    return positions(config) - class_tokens(config) + extra_tokens(config)
+def tiles(config: Any) -> int:
+    """How often the tower runs for one image."""
+    scales = s2_scales(config) or [1]
+    return sum((scale // scales[0]) ** 2 for scale in scales)
+
+
+def tokens(config: Any, side: int | None = None) -> int:
+    """Tokens one image (of `side` pixels) gives the language model (P)."""
+    return patches(config, side) + extra_tokens(config)
 
 
 def layout(processor: Any, config: Any, image: str | None) -> Layout:
-    """The layout of a folder's image processor; `image` "square" or "pad" overrides what it says."""
-    vision = config.vision_config
-    mode: Any = image
-    found: Any = FixedLayout.from_processor(
-        processor, patch=vision.patch_size, extra_tokens=extra_tokens(config), mode=mode
-    )
-    if found.size != vision.image_size:
+    """The layout of a folder's image processor; `image` "square" or "pad" overrides what it says.
+
+    `config` is told how many tokens an image has. ValueError for pictures that are not this tower's.
+    """
+    vision, mode, scales = config.vision_config, image, s2_scales(config)
+    # One token stands for a patch of the smallest scale, which is that many pixels wide at the largest.
+    patch = vision.patch_size * (scales[-1] // scales[0] if scales else 1)
+    chosen: Any = mode
+    found: Any = FixedLayout.from_processor(processor, patch=patch, extra_tokens=extra_tokens(config), mode=chosen)
+    wanted = scales[-1] if scales else vision.image_size
+    if found.size != wanted and (scales or not any_size(config)):
+        said = f"s2_scales = {scales}" if scales else f"vision_config.image_size = {wanted}"
         raise ValueError(
-            f"the image processor makes images of {found.size} pixels, but config.json says "
-            f"vision_config.image_size = {vision.image_size}; one of them is not this tower's"
+            f"the image processor makes images of {found.size} pixels, but config.json says {said}; "
+            "one of them is not this tower's"
         )
+    if found.size % vision.patch_size:
+        raise ValueError(f"images of {found.size} pixels are not a whole number of patches of {vision.patch_size}")
+    config.image_seq_length = found.tokens()
     return found
 
 

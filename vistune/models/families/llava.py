@@ -1,4 +1,5 @@
-"""LLaVA-1.5 and its like, on stock `LlavaForConditionalGeneration`: CLIP or SigLIP, two linear layers, any causal LM.
+"""LLaVA-1.5 and its like, on stock `LlavaForConditionalGeneration`: one grid of patches, two linear layers, any causal
+language model whose head has no bias.
 
 Shapes: T tokens of a pack, N images, P tokens of an image, D the language model's width.
 """
@@ -18,12 +19,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from vistune.images import Layout
 from vistune.models import attention, clip
 from vistune.models import language as lm
-from vistune.models.flops import Piece, learns, linear_weights, total
+from vistune.models.families import family
+from vistune.models.flops import total
 from vistune.samples import IMAGE_MARK
 
 # The names of the published llava-hf folders, which every version of `transformers` and vLLM reads.
 _PUBLISHED = {
-    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -62,9 +64,9 @@ class Llava:
     def layers(self, model: nn.Module, part: str) -> nn.ModuleList:
         inner: Any = model.model
         if part == "vision":
-            return clip.inside(inner.vision_tower).encoder.layers
+            return clip.layers(inner.vision_tower)
         if part == "language":
-            return inner.language_model.layers
+            return lm.layers(inner.language_model)
         raise ValueError(f"part {part!r} of a llava model has no layers; vision and language have")
 
     def head(self, model: nn.Module) -> nn.Linear:
@@ -104,22 +106,29 @@ class Llava:
     ) -> Tensor:
         """See `Family.hidden`. Raises ValueError when the placeholders in `ids` are not those of the images."""
         inner: Any = model.model
-        attention.use(inner)
-        images, each = 0 if pixels is None else len(pixels), clip.tokens(inner.config)
+        self.attend_packed(inner)
+        images, side = (0, None) if pixels is None else (len(pixels), pixels.shape[-1])
+        each = clip.tokens(inner.config, side)
         where = lm.placeholders(ids, inner.config.image_token_id, images * each, f"{images} images of {each} tokens")
         embeds = inner.get_input_embeddings()(ids)
         if pixels is not None and where is not None:
             features = inner.multi_modal_projector(clip.see(inner.vision_tower, pixels, inner.config))
             embeds = lm.splice(embeds, where, features.flatten(0, 1))
-        return lm.hidden(inner.language_model, embeds, positions, lengths)
+        return self.read(inner.language_model, embeds, positions, lengths)
+
+    def attend_packed(self, inner: Any) -> None:
+        """Make the model attend inside the samples of a pack."""
+        attention.use(inner)
+
+    def read(self, language: nn.Module, embeds: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The language model over a pack: [T, D] -> [T, D]."""
+        return lm.hidden(language, embeds, positions, lengths)
 
     def stored_name(self, name: str) -> str:
         for ours, published in _PUBLISHED.items():
             if name.startswith(ours):
                 inner = name.removeprefix(ours)
-                return published + (
-                    inner.removeprefix("vision_model.") if published.endswith("vision_model.") else inner
-                )
+                return published + (clip.published_name(inner) if ours == "model.vision_tower." else inner)
         raise AssertionError(name)
 
     def flops(
@@ -133,17 +142,28 @@ class Llava:
         grids: Tensor | None = None,
     ) -> int:
         """See `Family.flops`. Unused last vision layers are not run and not counted."""
-        weights = _weights(config.to_json_string(use_diff=False))
+        weights = _weights(self.name, config.to_json_string(use_diff=False))
         pieces = _vision_pieces(config, weights, images, learn) if images else []
         return total([*pieces, *lm.pieces(config.text_config, weights, lengths, supervised, learn)])
 
+    def weights(self, config: PretrainedConfig) -> dict[str, Any]:
+        """Weights of the linear layers, counted on the meta device: exact for whatever language model is composed."""
+        with torch.device("meta"):
+            model: Any = self.model_class(config)
+        return {
+            "patch": clip.patch_weights(model.model.vision_tower),
+            "vision": [lm.layer_weights(layer) for layer in self.layers(model, "vision")],
+            "connector": linear_weights(model.model.multi_modal_projector),
+            **lm.weights(model.model.language_model, model.lm_head),
+        }
+
 
 def _vision_pieces(config: Any, weights: dict[str, Any], images: int, learn: Collection[str]) -> list[Piece]:
-    vision = config.vision_config
-    used, rows = clip.used_layers(config), images * clip.positions(config)
+    vision, tiles = config.vision_config, images * clip.tiles(config)
+    used, rows = clip.used_layers(config), tiles * clip.positions(config)
     rest, layers = learns(learn, "vision", vision.num_hidden_layers)
     scores = 4 * rows * clip.positions(config) * vision.hidden_size
-    pieces = [Piece(2 * images * (vision.image_size // vision.patch_size) ** 2 * weights["patch"], learns=rest)]
+    pieces = [Piece(2 * tiles * clip.patches(config) * weights["patch"], learns=rest)]
     for (inputs, others), learning in list(zip(weights["vision"], layers, strict=True))[:used]:
         pieces += lm.layer_pieces(2 * rows * inputs, scores, 2 * rows * others, learning)
     connected = images * clip.tokens(config)
@@ -151,16 +171,9 @@ def _vision_pieces(config: Any, weights: dict[str, Any], images: int, learn: Col
 
 
 @functools.lru_cache(maxsize=8)
-def _weights(config_json: str) -> dict[str, Any]:
-    """Weights of the linear layers, counted on the meta device: exact for whatever language model is composed."""
-    with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(json.loads(config_json)))
-    return {
-        "patch": clip.inside(model.model.vision_tower).embeddings.patch_embedding.weight.numel(),
-        "vision": [lm.layer_weights(layer) for layer in FAMILY.layers(model, "vision")],
-        "connector": linear_weights(model.model.multi_modal_projector),
-        **lm.weights(model.model.language_model, model.lm_head),
-    }
+def _weights(name: str, config_json: str) -> dict[str, Any]:
+    one: Any = family(name)
+    return one.weights(one.config_class.from_dict(json.loads(config_json)))
 
 
 FAMILY = Llava()
