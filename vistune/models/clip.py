@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import LlavaImageProcessorPil
 
 from vistune.images import FixedLayout, Layout
-from vistune.models.modeling_llava_variant import at_scales, leading_tokens
 from vistune.models import language as lm
 from vistune.models.flops import Piece, learns, linear_weights
+from vistune.models.modeling_llava_variant import at_scales, leading_tokens
 
 
 def see(tower: nn.Module, pixels: Tensor, config: Any) -> Tensor:
-    """Features of images [N,3,H,W] -> [N,P,D_vision]: hidden states of the selected layers, of the tokens as configured.
+    """Features of images [N,3,H,W] -> [N,P,D_vision]: hidden states of the selected layers, without the tokens
+    that the config leaves out.
 
     Layers above the last selected one are not run; without gradient when nothing in `tower` learns. With several
     scales (`s2_scales`) the features of each stand beside one another.
@@ -61,13 +62,6 @@ def layers(tower: Any) -> nn.ModuleList:
     """The layers of a tower."""
     encoder = inside(tower).encoder
     return encoder.layers if hasattr(encoder, "layers") else encoder.layer
-
-
-def patch_weights(tower: Any) -> int:
-    """Weights of the convolution that makes patches of pixels."""
-    embeddings = inside(tower).embeddings
-    patches = getattr(embeddings, "patch_embedding", None) or embeddings.patch_embeddings.projection
-    return patches.weight.numel()
 
 
 _DINO = re.compile(
@@ -159,6 +153,29 @@ def tiles(config: Any) -> int:
 def tokens(config: Any, side: int | None = None) -> int:
     """Tokens one image (of `side` pixels) gives the language model (P)."""
     return patches(config, side) + extra_tokens(config)
+
+
+def weights(tower: Any, connector: nn.Module) -> dict[str, Any]:
+    """Weights of the linear layers of a tower and its connector, as `pieces` takes them."""
+    embeddings = inside(tower).embeddings
+    patch = getattr(embeddings, "patch_embedding", None) or embeddings.patch_embeddings.projection
+    return {
+        "patch": patch.weight.numel(),
+        "vision": [lm.layer_weights(layer) for layer in layers(tower)],
+        "connector": linear_weights(connector),
+    }
+
+
+def pieces(config: Any, weights: dict[str, Any], images: int, learn: Collection[str]) -> list[Piece]:
+    """The part of a forward pass that sees `images` (or tiles), connector included; `weights` from `weights`."""
+    vision, runs = config.vision_config, images * tiles(config)
+    rows = runs * positions(config)
+    rest, flags = learns(learn, "vision", vision.num_hidden_layers)
+    scores = 4 * rows * positions(config) * vision.hidden_size
+    found = [Piece(2 * runs * patches(config) * weights["patch"], learns=rest)]
+    for (inputs, others), learning in list(zip(weights["vision"], flags, strict=True))[: used_layers(config)]:
+        found += lm.layer_pieces(2 * rows * inputs, scores, 2 * rows * others, learning)
+    return [*found, Piece(2 * images * tokens(config) * weights["connector"], learns="connector" in learn)]
 
 
 def layout(processor: Any, config: Any, image: str | None) -> Layout:

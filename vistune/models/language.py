@@ -56,13 +56,23 @@ def splice(embeds: Tensor, where: Tensor, features: Tensor) -> Tensor:
 
 def weights(language: Any, head: nn.Linear) -> dict[str, Any]:
     """Weights of the linear layers, as `pieces` takes them: "language" a pair for each layer, "head"."""
-    return {"language": [layer_weights(layer) for layer in language.layers], "head": head.weight.numel()}
+    return {"language": [layer_weights(layer) for layer in layers(language)], "head": head.weight.numel()}
+
+
+def layers(language: Any) -> nn.ModuleList:
+    """The layers of a stock language model."""
+    return language.layers if hasattr(language, "layers") else language.blocks  # MPT's word
 
 
 def layer_weights(layer: nn.Module) -> tuple[int, int]:
     """Weights of a transformer layer's linear layers before its attention, and after it."""
-    before = linear_weights(layer, only="self_attn", but="o_proj") - linear_weights(layer, only="self_attn.out_proj")
+    inputs = {path for path, _ in layer.named_modules() if path.rpartition(".")[2] in _ATTENTION_INPUTS}
+    before = sum(linear_weights(layer.get_submodule(path)) for path in inputs)
     return before, linear_weights(layer) - before
+
+
+# Of CLIP, Llama and their like; of Phi-3 and its like; of MPT; of older DINOv2.
+_ATTENTION_INPUTS = frozenset(["q_proj", "k_proj", "v_proj", "qkv_proj", "qkv", "Wqkv", "query", "key", "value"])
 
 
 def pieces(

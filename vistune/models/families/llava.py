@@ -143,37 +143,20 @@ class Llava:
     ) -> int:
         """See `Family.flops`. Unused last vision layers are not run and not counted."""
         weights = _weights(self.name, config.to_json_string(use_diff=False))
-        pieces = _vision_pieces(config, weights, images, learn) if images else []
+        pieces = clip.pieces(config, weights, images, learn) if images else []
         return total([*pieces, *lm.pieces(config.text_config, weights, lengths, supervised, learn)])
-
-    def weights(self, config: PretrainedConfig) -> dict[str, Any]:
-        """Weights of the linear layers, counted on the meta device: exact for whatever language model is composed."""
-        with torch.device("meta"):
-            model: Any = self.model_class(config)
-        return {
-            "patch": clip.patch_weights(model.model.vision_tower),
-            "vision": [lm.layer_weights(layer) for layer in self.layers(model, "vision")],
-            "connector": linear_weights(model.model.multi_modal_projector),
-            **lm.weights(model.model.language_model, model.lm_head),
-        }
-
-
-def _vision_pieces(config: Any, weights: dict[str, Any], images: int, learn: Collection[str]) -> list[Piece]:
-    vision, tiles = config.vision_config, images * clip.tiles(config)
-    used, rows = clip.used_layers(config), tiles * clip.positions(config)
-    rest, layers = learns(learn, "vision", vision.num_hidden_layers)
-    scores = 4 * rows * clip.positions(config) * vision.hidden_size
-    pieces = [Piece(2 * tiles * clip.patches(config) * weights["patch"], learns=rest)]
-    for (inputs, others), learning in list(zip(weights["vision"], layers, strict=True))[:used]:
-        pieces += lm.layer_pieces(2 * rows * inputs, scores, 2 * rows * others, learning)
-    connected = images * clip.tokens(config)
-    return [*pieces, Piece(2 * connected * weights["connector"], learns="connector" in learn)]
 
 
 @functools.lru_cache(maxsize=8)
 def _weights(name: str, config_json: str) -> dict[str, Any]:
+    """Weights of the linear layers, counted on the meta device: exact for whatever language model is composed."""
     one: Any = family(name)
-    return one.weights(one.config_class.from_dict(json.loads(config_json)))
+    with torch.device("meta"):
+        model: Any = one.model_class(one.config_class.from_dict(json.loads(config_json)))
+    inner = model.model
+    return clip.weights(inner.vision_tower, inner.multi_modal_projector) | lm.weights(
+        inner.language_model, model.lm_head
+    )
 
 
 FAMILY = Llava()
