@@ -84,20 +84,23 @@ class AnyresLayout:
         rows, columns = self.covered(width, height)
         return self.side**2 + len(rows) * (len(columns) + 1)
 
+    def canvas(self, width: int, height: int) -> Size:
+        """(height, width) of the canvas that suits an image of that size best."""
+        return best_pinpoint(height, width, self.pinpoints)
+
     def covered(self, width: int, height: int) -> tuple[range, range]:
         """Rows and columns of its canvas's patches that an image of that size covers."""
-        high, wide = best_pinpoint(height, width, self.pinpoints)
+        high, wide = self.canvas(width, height)
         return unpadded(high // self.size * self.side, wide // self.size * self.side, height, width)
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """Tiles, and the image's height and width in pixels."""
-        high, wide = best_pinpoint(height, width, self.pinpoints)
+        high, wide = self.canvas(width, height)
         return 1 + (high // self.size) * (wide // self.size), height, width
 
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
         """uint8 [tiles, 3, size, size] of an RGB image."""
-        canvas = best_pinpoint(image.height, image.width, self.pinpoints)
-        pieces = self._cut(np.asarray(self._fitted(image, canvas)))
+        pieces = self._cut(np.asarray(self._fitted(image, self.canvas(*image.size))))
         tiles = np.empty((1 + len(pieces), 3, self.size, self.size), np.uint8)
         tiles[0] = np.asarray(image.resize((self.size, self.size), self.resample)).transpose(2, 0, 1)
         tiles[1:] = pieces
