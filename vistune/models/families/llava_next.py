@@ -171,7 +171,7 @@ def feature_rows(grids: Tensor, config: Any) -> Tensor:
 def _rows_of_one(layout: AnyresLayout, width: int, height: int) -> np.ndarray:
     """The same of one image alone, the end of line as -1: the whole view, then line by line what the image covers."""
     side = layout.side
-    rows, columns = (np.asarray(taken) for taken in layout.covered(width, height))
+    rows, columns = (np.asarray(taken, np.int64) for taken in layout.covered(width, height))
     across = layout.canvas(width, height)[1] // layout.size
     tile = 1 + (rows // side)[:, None] * across + columns // side
     inside = (rows % side)[:, None] * side + columns % side
