@@ -46,6 +46,17 @@ def test_packed_equals_masked(lengths, kv, window):
         assert (mine - theirs).abs().max() <= 2e-6
 
 
+@pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [5, 1, 1, 9, 2]])
+def test_segments_of_a_vision_tower_are_seen_whole(lengths):
+    inputs = [heads(4, sum(lengths), seed=i) for i in range(3)]
+    module = nn.Module()
+    module.is_causal = False
+    got, _ = attention.attend(module, *inputs, None, segments=attention.segments(lengths, torch.device("cpu")))
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    wanted = F.scaled_dot_product_attention(*inputs, attn_mask=owner[:, None] == owner[None, :]).transpose(1, 2)
+    assert (got - wanted).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_half_precision_on_the_cpu_is_computed_in_fp32(packed):
     """The half kernels are slower there; autocast must not send the work back to them."""

@@ -73,14 +73,19 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function `transformers` calls: query [B,H,T,d], key and value [B,K,T,d] -> [B,T,H,d]. Packs have B = 1."""
+    """The function `transformers` calls: query [B,H,T,d], key and value [B,K,T,d] -> [B,T,H,d]. Packs have B = 1.
+
+    `module.is_causal` False: every position of a segment sees the whole segment, as in a vision tower.
+    """
     if segments is None:
         return _stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     assert query.shape[0] == 1, "a pack is one row"
     window = sliding_window if sliding_window is not None and sliding_window < segments.longest else None
+    causal = bool(getattr(module, "is_causal", True))
+    assert causal or window is None, "a sliding window looks back only"
     if dropout == 0.0 and _has_varlen(query.device, query.dtype, query.shape[-1], query.shape[1] // key.shape[1]):
-        return _varlen(query, key, value, segments, scaling, window), None
-    return _per_segment(query, key, value, segments, scaling, window, dropout), None
+        return _varlen(query, key, value, segments, scaling, window, causal), None
+    return _per_segment(query, key, value, segments, scaling, window, causal, dropout), None
 
 
 def _stock(
@@ -114,6 +119,7 @@ def _per_segment(
     segments: Segments,
     scale: float | None,
     window: int | None,
+    causal: bool,
     dropout: float,
 ) -> Tensor:
     """One sdpa call for each run of neighbours of equal length."""
@@ -121,11 +127,11 @@ def _per_segment(
     sizes = [length * count for length, count in runs]
     # split, not slices: the backward of n slices fills n whole gradients with zeros.
     pieces = zip(runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    outs = [_causal(q, k, v, length, count, scale, window, dropout) for (length, count), q, k, v in pieces]
+    outs = [_run(q, k, v, length, count, scale, window, causal, dropout) for (length, count), q, k, v in pieces]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _causal(
+def _run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,6 +139,7 @@ def _causal(
     count: int,
     scale: float | None,
     window: int | None,
+    causal: bool,
     dropout: float,
 ) -> Tensor:
     """`count` segments of `length`: [1,H,count*length,d] -> [1,count*length,H,d]."""
@@ -140,13 +147,14 @@ def _causal(
     banded = window is not None and window < length
     mask = _band(length, window, q.device) if banded and window is not None else None
     grouped = q.shape[1] != k.shape[1]
+    causal = causal and not banded
     if _upcast(query):
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), mask, dropout, not banded, scale=scale, enable_gqa=grouped
+                q.float(), k.float(), v.float(), mask, dropout, causal, scale=scale, enable_gqa=grouped
             ).to(query.dtype)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, not banded, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1).unsqueeze(0)
 
 
@@ -157,15 +165,28 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
+    causal: bool,
 ) -> Tensor:
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     starts, longest = segments.starts, segments.longest
-    return _call_varlen(q, k, v, starts, longest, scale, window).unsqueeze(0)
+    return _call_varlen(q, k, v, starts, longest, scale, window, causal).unsqueeze(0)
 
 
 def _call_varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+    causal: bool = True,
 ) -> Tensor:
     """[T,H,d], [T,K,d], [T,K,d] -> [T,H,d], by whatever this torch's `varlen_attn` takes."""
     accepts = _varlen_arguments()
@@ -176,10 +197,10 @@ def _call_varlen(
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if "window_size" in accepts:
-        more["window_size"] = (-1 if window is None else window - 1, 0)
+        more["window_size"] = (-1 if window is None else window - 1, 0 if causal else -1)
     else:
         assert window is None
-        more["is_causal"] = True
+        more["is_causal"] = causal
     assert varlen_attn is not None
     out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, **more)
     return out
