@@ -39,6 +39,11 @@ def folders(run: Path) -> list[Path]:
     return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and (p / "run.json").is_file())
 
 
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write checkpoint `step` and drop all but the newest `keep`. A kill at any moment leaves the older ones whole."""
     target = run / "checkpoints" / f"step-{step:08d}"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vistune.models import merge
 from vistune.models.families import Family
 from vistune.models.flops import chosen
 from vistune.recipe import Lora, Rate, Recipe
@@ -80,34 +81,43 @@ def _inject(model: nn.Module, family: Family, lora: Lora) -> list[str]:
 
     Returns the adapters' parameter names. Matching by leaf name would also hit the vision tower (q_proj).
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-    paths = {id(module): path for path, module in model.named_modules()}
-    head = family.head(model)
-    targets = []
-    for part in lora.parts:
-        for root in family.parts(model)[part]:
-            for module in root.modules():
-                if isinstance(module, nn.Linear) and module is not head:
-                    targets.append(paths[id(module)])
-    if lora.targets:
-        targets = [path for path in targets if re.search(lora.targets, path)]
-    if not targets:
-        raise ValueError(f"lora.targets = {lora.targets!r}: matches no linear layer of {', '.join(lora.parts)}")
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=sorted(set(targets)),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-    )
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(lora_config(lora, lora_targets(model, family, lora)), model)
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
 
 
+def lora_targets(model: nn.Module, family: Family, lora: Lora) -> list[str]:
+    """Full paths of the layers that get adapters. ValueError when there are none."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    head, linear = family.head(model), []
+    for part in lora.parts:
+        for root in family.parts(model)[part]:
+            inside = (one for one in root.modules() if isinstance(one, nn.Linear) and one is not head)
+            linear += [paths[id(one)] for one in inside]
+    targets = sorted({path for path in linear if re.search(lora.targets, path)})
+    if not targets:
+        raise ValueError(f"lora.targets = {lora.targets!r}: matches no linear layer of {', '.join(lora.parts)}")
+    return targets
+
+
+def lora_config(lora: Lora, targets: list[str]) -> Any:
+    """The recipe's `lora` table as peft says it."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+
+
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Write the adapters in peft's layout, beside and then renamed: adapter_config.json, adapter_model.safetensors."""
+    """Write the adapters in peft's layout, beside and then renamed: adapter_config.json, adapter_model.safetensors;
+    and what else learned (a connector, say), which peft has no place for, in a file beside."""
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
@@ -120,6 +130,9 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     assert any(isinstance(module, LoraLayer) for module in model.modules())
     state = get_peft_model_state_dict(model)
     save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, beside / "adapter_model.safetensors")
+    learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    if learned:
+        save_file({name: value.contiguous() for name, value in learned.items()}, beside / merge.LEARNED)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
@@ -131,16 +144,20 @@ def merge_adapters(model: nn.Module, stored: Callable[[str], Tensor]) -> None:
     """
     from peft.tuners.lora import LoraLayer
 
+    config: Any = getattr(model, "peft_config", {}).get("default")
     for path, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             layer: Any = module.get_base_layer()
-            before = stored(f"{path}.weight")
-            layer.weight.data = before.to(layer.weight.device, torch.float32)
-            module.merge()
-            layer.weight.data = layer.weight.data.to(before.dtype)  # summed in fp32, kept as the start folder keeps it
-            layer.weight.requires_grad_(True)  # it is no longer what the start folder holds
+            folded = merge.fold(stored(f"{path}.weight"), _adapter(module), config, path)
+            layer.weight = nn.Parameter(folded.to(layer.weight.device))  # no longer what the start folder holds
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _adapter(layer: Any) -> dict[str, Tensor]:
+    """The tensors of one layer's adapter, by the names that `merge.fold` takes."""
+    names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    return {name: held["default"].weight for name in names if "default" in (held := getattr(layer, name))}
 
 
 def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
