@@ -16,10 +16,12 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vistune.samples import IMAGE_MARK, FaultCode, Message
-from vistune.templates import TEMPLATES, Template, jinja, template
+from vistune.templates import IMAGE_END, IMAGE_START, TEMPLATES, Template, in_ends, jinja, template
 from vistune.text_encoder import TextEncoder, prefixes
 
 __all__ = [
+    "IMAGE_END",
+    "IMAGE_START",
     "TEMPLATES",
     "ChatError",
     "Encoded",
@@ -29,6 +31,7 @@ __all__ = [
     "chat_template",
     "check_fits",
     "encode",
+    "in_ends",
     "render",
     "supervised_text",
     "template",

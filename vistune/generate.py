@@ -50,8 +50,7 @@ def prompt(loaded: Loaded, messages: Sequence[Message], pictures: Sequence[Image
     marks = sum(message.text.count(IMAGE_MARK) for message in messages)
     if pictures and marks != len(pictures):
         raise ValueError(f"{len(pictures)} images for {marks} {IMAGE_MARK} in the conversation; give one for each")
-    template = chat.template(loaded.template_name)
-    encoded = chat.encode(template, loaded.encoder, messages, has_images=bool(pictures), open_turn=True)
+    encoded = chat.encode(loaded.template, loaded.encoder, messages, has_images=bool(pictures), open_turn=True)
     opened = [images.open_image(picture) for picture in pictures]
     sizes = iter(opened)
     ids: list[int] = []
@@ -163,7 +162,7 @@ def _stop_ids(loaded: Loaded) -> set[int]:
     model: Any = loaded.model
     ends = model.generation_config.eos_token_id
     found = set(ends if isinstance(ends, list) else [ends]) | {loaded.tokenizer.eos_token_id}
-    found.add(loaded.tokenizer.get_added_vocab().get(chat.template(loaded.template_name).stop_string))
+    found.add(loaded.tokenizer.get_added_vocab().get(loaded.template.stop_string))
     return {one for one in found if one is not None}
 
 
@@ -172,7 +171,7 @@ def _text(loaded: Loaded, ids: Sequence[int]) -> str:
     ends = _stop_ids(loaded)
     length = next((i for i, one in enumerate(ids) if one in ends), len(ids))
     text = loaded.tokenizer.decode(ids[:length], skip_special_tokens=True).lstrip()
-    stop = chat.template(loaded.template_name).stop_string
+    stop = loaded.template.stop_string
     return (text.partition(stop)[0] if stop else text).rstrip()
 
 
@@ -181,7 +180,7 @@ class _Stop(StoppingCriteria):
 
     def __init__(self, loaded: Loaded, start: int):
         self.start, self.told, self.tokenizer = start, False, loaded.tokenizer
-        self.ends, self.stop = _stop_ids(loaded), chat.template(loaded.template_name).stop_string
+        self.ends, self.stop = _stop_ids(loaded), loaded.template.stop_string
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         rows = input_ids[:, self.start :].tolist()
@@ -231,7 +230,7 @@ def _run(loaded: Loaded, made: Prompt, settings: Settings, pieces: _Pieces, stop
 
 def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Iterator[str]:
     """Text as far as it is certain: no half characters, no beginning of a stop string, no space that may end it."""
-    stop = chat.template(loaded.template_name).stop_string
+    stop = loaded.template.stop_string
     ids: list[int] = []
     said = ""
     while (one := queue.get()) is not None:

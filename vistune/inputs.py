@@ -98,9 +98,8 @@ def _parts(source: Source) -> list[Source]:
 
 
 def language_of(model: Described) -> Language:
-    template = chat.template(model.template_name)
-    chat.check_fits(template, model.tokenizer)
-    return Language(template, model.encoder, model.layout, model.image_token_id)
+    chat.check_fits(model.template, model.tokenizer)
+    return Language(model.template, model.encoder, model.layout, model.image_token_id)
 
 
 def plan_of(recipe: Recipe, index: Index) -> Plan:

@@ -5,7 +5,7 @@ Knows nothing of tokenizers: which spaces a tokenizer needs after an image is to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from vistune.samples import IMAGE_MARK
@@ -203,6 +203,22 @@ def template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"template: there is no {name!r}. Choose one of: {', '.join(sorted(TEMPLATES))}.")
     return TEMPLATES[name]
+
+
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+
+
+def in_ends(template: Template) -> Template:
+    """The template with a token before each image and one after it (the original's mm_use_im_start_end).
+
+    ValueError for the template `tokenizer`: it is the tokenizer's own text, into which nothing can be put.
+    """
+    if template.own:
+        raise ValueError(
+            f"template {template.name!r} is the tokenizer's own and knows nothing of {IMAGE_START} and {IMAGE_END}; "
+            "name one of vistune's templates"
+        )
+    return replace(template, image=template.image.replace(IMAGE_MARK, IMAGE_START + IMAGE_MARK + IMAGE_END))
 
 
 def jinja(template: Template, space: Space, placeholder: str = IMAGE_MARK) -> str:

@@ -41,6 +41,14 @@ class Described:
     layout: Layout
     image_token_id: int
     origin: dict[str, Any] = field(default_factory=dict)
+    start_end: bool = False
+    """Whether an image stands between the tokens `<im_start>` and `<im_end>`."""
+
+    @property
+    def template(self) -> chat.Template:
+        """The chat template with what stands around an image. ValueError when it takes nothing there."""
+        chosen = chat.template(self.template_name)
+        return chat.in_ends(chosen) if self.start_end else chosen
 
     @cached_property
     def encoder(self) -> chat.TextEncoder:
@@ -73,7 +81,18 @@ def describe(
         layout=family.layout(config, family.read_processor(folder), image or ours.get("image"), chosen),
         image_token_id=check_image_token(folder, family, config, tokenizer),
         origin=ours.get("origin", {}),
+        start_end=check_start_end(folder, bool(ours.get("start_end", False)), tokenizer),
     )
+
+
+def check_start_end(folder: Path, said: bool, tokenizer: Any) -> bool:
+    """Whether images stand between two tokens, as a folder says. ValueError when its tokenizer has not got them."""
+    if said and (missing := [one for one in (chat.IMAGE_START, chat.IMAGE_END) if one not in tokenizer.get_vocab()]):
+        raise ValueError(
+            f"{folder}: its images stand between {chat.IMAGE_START} and {chat.IMAGE_END}, but its tokenizer has no "
+            f"{missing[0]}; take the tokenizer that belongs to these weights"
+        )
+    return said
 
 
 def refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
@@ -166,7 +185,7 @@ def _ours(folder: Path) -> bool:
 def write_described(said: Described, folder: Path, card: str, dtype: str) -> None:
     """Everything of a model folder but the weights, whose commonest type is `dtype`."""
     family, options = said.family, {}
-    chat_template = chat.chat_template(chat.template(said.template_name), said.tokenizer, family.image_token)
+    chat_template = chat.chat_template(said.template, said.tokenizer, family.image_token)
     with quiet():
         processor = family.processor(said.config, said.tokenizer, said.layout, chat_template)
         processor.save_pretrained(folder)
@@ -180,6 +199,7 @@ def write_described(said: Described, folder: Path, card: str, dtype: str) -> Non
     config["vistune"] = {"template": said.template_name, "image": getattr(said.layout, "mode", None)}
     config["vistune"] |= {"options": options} if options else {}
     config["vistune"] |= {"origin": said.origin} if said.origin else {}
+    config["vistune"] |= {"start_end": True} if said.start_end else {}
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         if section is config or "dtype" in section:
             section["dtype"] = dtype
