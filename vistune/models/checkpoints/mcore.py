@@ -107,10 +107,10 @@ class Mcore:
         with console.progress() as bar:
             total = sum(entry.nbytes for plan in plans.values() for piece in plan for entry in piece.values())
             task = bar.add_task("writing", total=total)
-            for rank, plan in plans.items():
+            for rank, pieces_held in plans.items():
                 place = folder / "release" / rank_name(rank, pipeline)
                 place.mkdir(parents=True)
-                save(place / FILE, plan, args, extra, lambda done: bar.update(task, advance=done))
+                save(place / FILE, pieces_held, args, extra, lambda done: bar.update(task, advance=done))
         (folder / LATEST).write_text("release\n", encoding="utf-8")
 
     def _pieces(self, sizes: Sizes, came: Mapping[str, Any]) -> tuple[list[Stage], int]:
