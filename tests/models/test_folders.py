@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import GOLDEN, tiny_language, tiny_vision
 from vistune import images
-from vistune.models import weights
+from vistune.models import connectors, weights
 from vistune.models.assemble import assemble
-from vistune.models.checkpoints.llava_original import read_connector
 from vistune.models.load import check_save, load, save, stored_tensors
 from vistune.models.verify import verify
 
@@ -124,8 +123,9 @@ def test_the_original_connector_file(parts, tmp_path):
     assemble(parts_of_it[0], language, tmp_path / "again", connector=out)
     first = weights.stored(tmp_path / "again")["multi_modal_projector.linear_1.weight"].read()
     assert torch.equal(first, held["model.mm_projector.0.weight"].float())
-    with pytest.raises(ValueError, match="a linear connector"):
-        read_connector(ORIGINAL / "stage1-linear" / "mm_projector.bin")
+    with pytest.raises(ValueError, match=r"connector_type: 'identity', but .*stage1-linear holds a linear"):
+        linear = ORIGINAL / "stage1-linear"
+        assemble(parts_of_it[0], language, tmp_path / "no", connector=linear, connector_type="identity")
     with pytest.raises(ValueError, match=r"linear_1.weight is \[128, 32\]"):
         assemble(parts / "clip", parts / "llama", tmp_path / "no", connector=wide_connector(tmp_path))
 
@@ -143,7 +143,7 @@ def test_a_pickle_that_would_run_something_is_not_run(tmp_path):
 
     torch.save({"model.mm_projector.0.weight": Trap()}, tmp_path / "mm_projector.bin")
     with pytest.raises(ValueError, match="nothing of it was run"):
-        read_connector(tmp_path / "mm_projector.bin")
+        connectors.read(tmp_path / "mm_projector.bin")
     assert not (tmp_path / "sprung").exists()
 
 

@@ -1,40 +1,32 @@
 """A vision tower and a language model become one model folder: the stage-0 folder that training starts from.
 
-Knows the stock Llava class and where parts come from; what it did is proved by `vistune.models.verify`.
+Knows the stock Llava class and ours, which holds what that one cannot; what it did is proved by
+`vistune.models.verify`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
+from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vistune import chat
-from vistune.models import clip, weights
-from vistune.models.checkpoints.llava_original import read_connector
+from vistune import chat, console, images
+from vistune.models import clip, connectors, parts, weights
 from vistune.models.families import family
-from vistune.models.folders import quiet, read_config, savable
-from vistune.models.load import Loaded, read_model, save
+from vistune.models.folders import savable
+from vistune.models.load import Loaded, save
+from vistune.models.modeling_llava_variant import Connector, leading_tokens
+from vistune.models.parts import read_language, read_vision, resolve
 from vistune.samples import IMAGE_MARK
 
-# What a folder's model_type may be, and the class of its vision half.
-VISION = {
-    "clip": "CLIPVisionModel",
-    "clip_vision_model": "CLIPVisionModel",
-    "siglip": "SiglipVisionModel",
-    "siglip_vision_model": "SiglipVisionModel",
-}
-PIXELS = {"clip": transformers.CLIPImageProcessorPil, "siglip": transformers.SiglipImageProcessorPil}
-_OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "original/*", "onnx/*")
+__all__ = ["assemble", "grow_vocabulary", "read_language", "read_vision", "resolve"]
 
-_OTHER_HALF = r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)|position_ids$"
+STOCK_TYPE = "mlp2x_gelu"
 VOCABULARY_STEP = 64
 
 
@@ -44,53 +36,65 @@ def assemble(
     out: Path | str,
     *,
     connector: str | Path | None = None,
-    template: str = "v1",
-    image: str = "pad",
+    connector_type: str = STOCK_TYPE,
+    template: str | None = None,
+    image: str | None = None,
     select_layer: int = -2,
     select: str = "patch",
+    start_end: bool = False,
+    s2_scales: str | Sequence[int] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tie: bool | None = None,
 ) -> Loaded:
     """Write the stage-0 folder `out` and return what is in it.
 
-    `vision`, `language`: a folder or a hub id in the local cache. `connector`: a Llava folder, an original
-    `mm_projector.bin` or the folder of one; None: fresh, as torch initialises linear layers (the original does the
-    same), from `seed`. `select`: "patch" or "cls_patch" (with the class token). `dtype` None: each part keeps its own.
-    `tie` None: the head is tied to the embedding as the language model says. Raises ValueError.
+    `vision`, `language`: a folder or a hub id in the local cache. `connector`: a model folder, an original
+    `mm_projector.bin` (or its folder), or any checkpoint that holds one, whose type is then taken; None: fresh, as
+    torch initialises linear layers (the original does the same), from `seed`. `connector_type`: "linear", "mlpNx_gelu",
+    "identity". `template` None is v1, `image` None "pad". `select`: "patch" or "cls_patch" (with the class token).
+    `start_end`: tokens `<im_start>`, `<im_end>` around every image. `s2_scales`: sides in pixels, such as
+    "336,672,1008". `dtype` None: each part keeps its own. `tie` None: the head is tied to the embedding as the language
+    model says. What the stock class cannot hold is saved with ours, and said. Raises ValueError.
     """
+    given = None if connector is None else connectors.read(connector)
+    kind = _connector_type(connector_type, given, str(connector))
     vision_model, pixels = read_vision(resolve(vision, "vision"), dtype or "auto")
     language_model, tokenizer = read_language(resolve(language, "language"), dtype or "auto")
-    chosen = chat.template(template)
-    chat.check_fits(chosen, tokenizer)
+    template, image = template or "v1", image or "pad"
+    _check_template(template, tokenizer, start_end)
     _set_tie(language_model, tie)
     image_token = _add_image_token(tokenizer)
-    grow_vocabulary(language_model, len(tokenizer))
+    ends = _add_ends(tokenizer) if start_end else []
+    grow_vocabulary(language_model, len(tokenizer), fresh=ends)
 
-    config = transformers.LlavaConfig(
+    scales = _scales(s2_scales, vision_model.config, select)
+    chosen = _family(vision_model, language_model, kind, scales, select)
+    ours: dict[str, Any] = {"connector_type": kind, "s2_scales": scales, "head_bias": _has_bias(language_model)}
+    config: Any = family(chosen).config_class(
         vision_config=vision_model.config,
-        text_config=language_model.model.config,
+        text_config=parts.inside(language_model).config,
         image_token_index=image_token,
         vision_feature_layer=select_layer,
-        vision_feature_select_strategy=_strategy(vision_model, select),
+        vision_feature_select_strategy=_strategy(vision_model, select, chosen),
         tie_word_embeddings=language_model.config.tie_word_embeddings,
+        **(ours if chosen == "llava_variant" else {}),
     )
-    config.image_seq_length = clip.tokens(config)
+    layout = clip.layout(_pixels(pixels, scales), config, image)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, key, getattr(tokenizer, key))
-    joined = make_connector(config, language_model.lm_head.weight.dtype, connector, seed)
-    model = _join(config, vision_model, joined, language_model)
-    llava = family("llava")
-    layout = clip.layout(pixels, config, image)
+    joined = make_connector(config, language_model.lm_head.weight.dtype, given, str(connector), seed)
+    model = _join(config, chosen, vision_model, joined, language_model)
     loaded = Loaded(
         folder=Path(out),
-        family=llava,
+        family=family(chosen),
         config=config,
         generation=model.generation_config,
         tokenizer=tokenizer,
         template_name=template,
         layout=layout,
         image_token_id=image_token,
+        start_end=start_end,
         model=model,
         source={},
     )
@@ -99,70 +103,39 @@ def assemble(
     return loaded
 
 
-def resolve(part: str | Path, what: str) -> Path:
-    """The folder of a part: as given, or a hub id's snapshot, from the local cache or else downloaded."""
-    if Path(part).is_dir():
-        return Path(part)
-    name = str(part)
-    if cached := _cached(name):
-        return cached
-    try:
-        files = [file.rfilename for file in HfApi().model_info(name).siblings or []]
-        twice = ["*.bin"] if any(file.endswith(".safetensors") for file in files) else []
-        return Path(snapshot_download(name, ignore_patterns=[*_OTHER_FORMATS, *twice]))
-    except Exception as error:
-        raise ValueError(
-            f"{what}: {name!r} is neither a folder nor a hub repository in the local cache, and it could not be "
-            f"downloaded ({str(error).splitlines()[0]}). Give a folder, or fetch it where there is a network: "
-            f"hf download {name}"
-        ) from error
+def _connector_type(asked: str, given: dict[str, Any] | None, where: str) -> str:
+    """The type of the connector to make: of the one that is given, or the one that is asked for."""
+    if given is None:
+        return asked
+    found = connectors.kind(given, where)
+    if asked not in (STOCK_TYPE, found):
+        raise ValueError(f"connector_type: {asked!r}, but {where} holds a {found}; leave connector_type out")
+    return found
 
 
-def _cached(name: str) -> Path | None:
-    """A hub repository's snapshot in the local cache."""
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, OSError):
-        return None
-
-
-def read_vision(folder: Path, dtype: torch.dtype | str, *, finite: bool = True) -> tuple[Any, Any]:
-    """The vision tower and its image processor, from its own folder or from the two-tower model's."""
-    kind = read_config(folder).get("model_type")
-    if kind not in VISION:
-        raise ValueError(f"vision: {folder} is a {kind!r}; a vision tower can be one of {', '.join(VISION)}")
-    model = read_model(getattr(transformers, VISION[kind]), folder, dtype, extra=_OTHER_HALF, finite=finite)
-    with quiet():
-        try:
-            # The Pillow class by name: the automatic one asks for torchvision in some releases.
-            pixels = PIXELS[kind.partition("_")[0]].from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"vision: {folder} has no usable preprocessor_config.json ({error})") from error
-    return model, pixels
-
-
-def read_language(folder: Path, dtype: torch.dtype | str, *, finite: bool = True) -> tuple[Any, Any]:
-    """The causal language model and its tokenizer. ValueError for one that the stock Llava class cannot hold."""
-    read_config(folder)
-    model: Any = read_model(AutoModelForCausalLM, folder, dtype, extra=r"rotary_emb\.inv_freq$", finite=finite)
-    inner, head = getattr(model, "model", None), getattr(model, "lm_head", None)
-    if inner is None or not isinstance(head, nn.Linear) or head.bias is not None or not hasattr(inner, "embed_tokens"):
-        raise ValueError(
-            f"language: {folder} is a {type(model).__name__}; the stock Llava class takes models with `model`, "
-            "`model.embed_tokens` and an `lm_head` without bias (Llama, Mistral, Qwen2, Qwen3 and the like)"
-        )
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model, tokenizer
+def _check_template(name: str, tokenizer: Any, start_end: bool) -> None:
+    template = chat.template(name)
+    chat.check_fits(chat.in_ends(template) if start_end else template, tokenizer)
 
 
 def _add_image_token(tokenizer: Any) -> int:
     """Give the tokenizer the image's token, and a padding token where it has none (no new one: it is never seen)."""
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([transformers.AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    _add_tokens(tokenizer, [IMAGE_MARK])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+
+
+def _add_ends(tokenizer: Any) -> list[int]:
+    """Give the tokenizer what stands around an image: the ids that are new."""
+    return _add_tokens(tokenizer, [chat.IMAGE_START, chat.IMAGE_END])
+
+
+def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    new = [token for token in tokens if token not in tokenizer.get_vocab()]
+    added = [transformers.AddedToken(token, special=True, normalized=False) for token in new]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(new)
 
 
 def _set_tie(model: Any, tie: bool | None) -> None:
@@ -170,76 +143,121 @@ def _set_tie(model: Any, tie: bool | None) -> None:
     tied = bool(model.config.tie_word_embeddings)
     if tie is None or tie == tied:
         return
-    if tie and not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight):
+    weight = model.get_input_embeddings().weight
+    if tie and not torch.equal(model.lm_head.weight, weight):
         raise ValueError("tie: the language model's head differs from its embedding; tying would lose it")
-    weight = model.model.embed_tokens.weight
     model.lm_head.weight = weight if tie else nn.Parameter(weight.detach().clone())
     model.config.tie_word_embeddings = tie
 
 
-def grow_vocabulary(model: Any, tokens: int) -> None:
-    """Room for `tokens` ids, padded to a multiple of 64. New rows of embedding and head are the old ones' mean."""
-    old = model.model.embed_tokens.weight
+def grow_vocabulary(model: Any, tokens: int, fresh: Sequence[int] = ()) -> None:
+    """Room for `tokens` ids, padded to a multiple of 64. New rows of embedding and head are the old ones' mean.
+
+    So are the rows of the ids `fresh`, if the model has more rows than its tokenizer has tokens.
+    """
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    old = embedding.weight
     rows = -(-max(tokens, len(old)) // VOCABULARY_STEP) * VOCABULARY_STEP
-    tied = model.lm_head.weight is old
-    model.model.embed_tokens.weight = _grown(old, rows)
-    model.model.embed_tokens.num_embeddings = rows
-    model.lm_head.weight = model.model.embed_tokens.weight if tied else _grown(model.lm_head.weight, rows)
-    model.lm_head.out_features = rows
-    model.config.vocab_size = model.model.config.vocab_size = rows
+    tied = head.weight is old
+    embedding.weight = _grown(old, rows, fresh)
+    embedding.num_embeddings = rows
+    head.weight = embedding.weight if tied else _grown(head.weight, rows, fresh)
+    if head.bias is not None:
+        head.bias = _grown(head.bias, rows, fresh)
+    head.out_features = rows
+    model.config.vocab_size = parts.inside(model).config.vocab_size = rows
 
 
-def _grown(weight: nn.Parameter, rows: int) -> nn.Parameter:
-    if rows == len(weight):
+def _grown(weight: nn.Parameter, rows: int, fresh: Sequence[int]) -> nn.Parameter:
+    if rows == len(weight) and not fresh:
         return weight
-    mean = weight.detach().double().mean(0, keepdim=True).to(weight.dtype)
-    return nn.Parameter(torch.cat([weight.detach(), mean.expand(rows - len(weight), -1)]))
+    old = weight.detach()[: min(fresh, default=len(weight))]
+    mean = old.double().mean(0, keepdim=True).to(weight.dtype)
+    grown = torch.cat([weight.detach(), mean.expand(rows - len(weight), *mean.shape[1:])])
+    grown[list(fresh)] = mean
+    return nn.Parameter(grown)
 
 
-def _strategy(vision_model: Any, select: str) -> Literal["default", "full"]:
-    """The stock class's word for which tokens of the tower are used."""
-    has_class = vision_model.config.model_type.startswith("clip")
+def _scales(asked: str | Sequence[int] | None, vision: Any, select: str) -> list[int] | None:
+    """The scales of S2, smallest first. ValueError for ones that the tower's tiles do not fit."""
+    if not asked:
+        return None
+    try:
+        words = asked.split(",") if isinstance(asked, str) else asked
+        scales = sorted({int(word) for word in words})
+    except ValueError:
+        raise ValueError(f's2_scales: {asked!r}; give sides in pixels, such as "336,672,1008"') from None
+    if scales[0] != vision.image_size or any(scale % scales[0] for scale in scales):
+        raise ValueError(
+            f"s2_scales: {scales}; the smallest must be the tower's own {vision.image_size} pixels, "
+            "and the others whole multiples of it"
+        )
+    if select != "patch":
+        raise ValueError(f"s2_scales: the features are laid on a grid, so select must be patch, not {select!r}")
+    return scales
+
+
+def _pixels(pixels: Any, scales: list[int] | None) -> dict[str, Any]:
+    """The tower's image processor, told to make pictures of the largest scale."""
+    read = images.settings(pixels)
+    if scales:
+        edge = {"height": scales[-1], "width": scales[-1]}
+        cropped = bool(read.get("do_center_crop"))
+        read = read | {"size": {"shortest_edge": scales[-1]} if cropped else edge}
+        read |= {"crop_size": edge} if cropped else {}
+    return read
+
+
+def _family(vision: Any, language: Any, kind: str, scales: list[int] | None, select: str) -> str:
+    """The family that holds these parts; when the stock class cannot, that is said."""
+    reasons = [f"a connector of type {kind}"] if kind != STOCK_TYPE else []
+    reasons += [f"several scales ({', '.join(map(str, scales))})"] if scales else []
+    reasons += ["an MPT"] if language.config.model_type == "mpt" else []
+    reasons += ["a head with a bias"] if _has_bias(language) else []
+    if select == "patch" and leading_tokens(vision.config) > 1:
+        reasons.append("a tower whose register tokens are left out")
+    if not reasons:
+        return "llava"
+    console.say(
+        f"stock LlavaForConditionalGeneration cannot hold {' or '.join(reasons)}; "
+        "saved with our class, opened with trust_remote_code=True"
+    )
+    return "llava_variant"
+
+
+def _has_bias(language: Any) -> bool:
+    return language.lm_head.bias is not None
+
+
+def _strategy(vision_model: Any, select: str, chosen: str) -> Literal["default", "full"]:
+    """The class's word for which tokens of the tower are used."""
+    leading = leading_tokens(vision_model.config)
     if select == "patch":
-        return "default" if has_class else "full"
-    if select == "cls_patch" and has_class:
+        return "default" if leading or chosen == "llava_variant" else "full"
+    if select == "cls_patch" and leading:
         return "full"
-    known = "patch or cls_patch" if has_class else "patch: this tower has no class token"
+    known = "patch or cls_patch" if leading else "patch: this tower has no class token"
     raise ValueError(f"select: {select!r}; choose {known}")
 
 
-def make_connector(config: Any, dtype: torch.dtype, source: str | Path | None, seed: int) -> nn.Module:
-    """The two linear layers between the parts: fresh from `seed`, or read from `source`."""
+def make_connector(config: Any, dtype: torch.dtype, given: dict[str, Any] | None, where: str, seed: int) -> nn.Module:
+    """The layers between the parts, of the class that `config` is of: fresh from `seed`, or those that were read."""
+    made = Connector if config.model_type == "llava_variant" else LlavaMultiModalProjector
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        connector = LlavaMultiModalProjector(config)
-    if source is not None:
-        read = _read_connector(Path(source))
-        for name, value in connector.state_dict().items():
-            if name not in read or read[name].shape != value.shape:
-                found = list(read[name].shape) if name in read else "not there"
-                raise ValueError(f"connector: {source}: {name} is {found}; these parts need {list(value.shape)}")
-        connector.load_state_dict(read)
+        connector: nn.Module = made(config)
+    if given is not None:
+        connectors.fill(connector, given, where)
     return connector.to(dtype).eval()
 
 
-def _read_connector(source: Path) -> dict[str, Tensor]:
-    if source.is_dir() and (source / "mm_projector.bin").exists():
-        source = source / "mm_projector.bin"
-    if source.is_file():
-        return read_connector(source)
-    if not source.is_dir():
-        raise ValueError(f"connector: {source}: no such file or folder")
-    mark = "multi_modal_projector."
-    return {name.rpartition(mark)[2]: one.read() for name, one in weights.stored(source).items() if mark in name}
-
-
-def _join(config: Any, vision_model: Any, connector: nn.Module, language_model: Any) -> Any:
-    """The stock class around the very modules that were read: nothing is copied."""
+def _join(config: Any, chosen: str, vision_model: Any, connector: nn.Module, language_model: Any) -> Any:
+    """The family's class around the very modules that were read: nothing is copied."""
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(config)
+        model: Any = family(chosen).model_class(config)
     model.model.vision_tower = vision_model
     model.model.multi_modal_projector = connector
-    model.model.language_model = language_model.model
+    model.model.language_model = parts.inside(language_model)
     model.lm_head = language_model.lm_head
     model.generation_config = savable(language_model.generation_config)
     model.generation_config.pad_token_id = config.pad_token_id
