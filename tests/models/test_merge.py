@@ -1,4 +1,4 @@
-"""Adapters folded into a base: the bits of the run's own model, whatever was kept of the run; and bases that do not fit."""
+"""Adapters folded into a base: the bits of the run's own model, whatever was kept of it; bases that do not fit."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def foreign(start, tmp_path_factory):
     )
     adapted = get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     adapted.save_pretrained(folder / "adapter")

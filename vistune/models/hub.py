@@ -11,19 +11,28 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from vistune import console
 
-FETCHED = ".vistune-fetched.json"
-"""In a fetched folder: which repository and commit it is, and the size of every file."""
+FETCHED, PARTS = ".vistune-fetched.json", ".parts"
+"""In a fetched folder: which repository and commit it is, and the size of every file. While it is being fetched: the
+files that have come in part, which `huggingface_hub` itself would throw away."""
 
 PATIENCE = 10.0  # seconds for the first answer; without a network the failure comes at once
 STREAMS = 4  # files that come at the same time
@@ -58,22 +67,24 @@ def fetch(name: str, out: Path | str, revision: str | None = None) -> Path:
     an interrupted one up again. ValueError when it cannot be had, and when `out` holds something else.
     """
     out = Path(out)
-    commit, sizes = _ask(name, revision, name)
+    if not _ID.fullmatch(name):
+        raise ValueError(f"fetch: {name!r} is no repository of a hub; one is called OWNER/NAME")
+    commit, sizes = _ask(name, revision, f"fetch: {name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if _note(out) == {"id": name, "commit": commit, "files": sizes} and not _wrong(out, sizes):
             console.say(f"{out}: holds {name} already, whole")
             return out
         raise ValueError(f"{out}: exists and is not {name} at {commit[:12]}; give another folder, or remove it")
-    part = out.with_name(out.name + ".fetching")
-    part.mkdir(parents=True, exist_ok=True)
-    _bring(name, commit, sizes, part, again=f"vistune fetch {name} --out {out}")
+    part = _begin(out.with_name(out.name + ".fetching"), {"id": name, "commit": commit, "files": sizes})
+    again = f"What has arrived is kept: vistune fetch {name} --out {out} goes on from there"
+    with _told(name, again):
+        _transfer_all(name, commit, sizes, part)
     if wrong := _wrong(part, sizes):
         for file, _ in wrong:
             (part / file).unlink(missing_ok=True)
         told = ", ".join(f"{file} ({why})" for file, why in wrong[:5])
         raise ValueError(f"{name}: {len(wrong)} files did not come whole: {told}; fetch again, and only they are asked")
-    shutil.rmtree(part / ".cache", ignore_errors=True)
-    (part / FETCHED).write_text(json.dumps({"id": name, "commit": commit, "files": sizes}, indent=2), encoding="utf-8")
+    shutil.rmtree(part / PARTS, ignore_errors=True)
     if out.exists():
         out.rmdir()
     part.rename(out)
@@ -94,7 +105,9 @@ def resolve(part: str | Path, what: str) -> Path:
     if cached := _cached(name):
         return cached
     _, sizes = _ask(name, None, f"{what}: {name!r} is neither a folder nor whole in the local cache, and")
-    _bring(name, None, sizes, None, again="the same command")
+    with _told(name, "Whole files are kept in the cache; try again"):
+        for file in sizes:
+            hf_hub_download(name, file, endpoint=_endpoint())
     found = _cached(name)
     if found is None:
         raise ValueError(f"{what}: {name} holds no weights in a format that is read here: {', '.join(sizes)}")
@@ -123,28 +136,74 @@ def _ask(name: str, revision: str | None, who: str) -> tuple[str, dict[str, int]
     return str(info.sha), {file: int(listed[file] or 0) for file in needed(listed)}
 
 
-def _bring(name: str, revision: str | None, sizes: Mapping[str, int], folder: Path | None, again: str) -> None:
-    """Every file, into `folder` or else the cache; what was there is not asked for again. ValueError with `again`."""
-    where = {"local_dir": folder} if folder else {}
+def _begin(part: Path, note: Mapping[str, Any]) -> Path:
+    """The folder that what arrives goes into; emptied when what is in it is of another commit."""
+    if part.exists() and _note(part) != note:
+        if _note(part) is None:
+            raise ValueError(f"{part}: is in the way and not ours; move it, or give another folder")
+        shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)
+    (part / FETCHED).write_text(json.dumps(note, indent=2), encoding="utf-8")
+    return part
+
+
+def _transfer_all(name: str, commit: str, sizes: Mapping[str, int], folder: Path) -> None:
+    """Every file, a few at a time, under a bar of bytes. What breaks, or a signal, ends the others too."""
+    stop = Event()
     with console.progress() as bar, _no_other_bars(), ThreadPoolExecutor(STREAMS) as streams:
         task = bar.add_task(name, total=sum(sizes.values()))
-        tasks = {
-            streams.submit(hf_hub_download, name, file, revision=revision, endpoint=_endpoint(), **where)
-            for file in sizes
-        }
+        left = {streams.submit(_transfer, name, commit, file, sizes[file], folder, stop) for file in sizes}
         try:
-            while tasks:
-                done, tasks = wait(tasks, timeout=0.5, return_when="FIRST_EXCEPTION")
-                bar.update(task, completed=_arrived(folder) if folder else 0)
+            while left:
+                done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+                bar.update(task, completed=_arrived(folder))
                 for one in done:
                     one.result()
-        except Exception as error:
-            raise ValueError(
-                f"{name}: interrupted ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                f"What has arrived is kept: {again} goes on from there"
-            ) from error
         finally:
+            stop.set()
             streams.shutdown(wait=True, cancel_futures=True)
+
+
+class _Part(FileIO):
+    """A file that takes no more when told to stop."""
+
+    def __init__(self, path: Path, mode: str, stop: Event):
+        super().__init__(path, mode)
+        self.stop = stop
+
+    def write(self, block: Any) -> int:
+        if self.stop.is_set():
+            raise InterruptedError("told to stop")
+        left = memoryview(block)
+        while left:  # a disk that fills up takes only some of it
+            left = left[super().write(left) :]
+        return len(block)
+
+
+def _transfer(name: str, commit: str, file: str, size: int, folder: Path, stop: Event) -> None:
+    """One file of a commit, which never changes: what has come of it already is not asked for again."""
+    target, part = folder / file, folder / PARTS / file
+    if target.exists() and target.stat().st_size == size:
+        return
+    for one in (target, part):
+        one.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    with _Part(part, "r+" if 0 < have <= size else "w", stop) as opened:
+        start = opened.seek(0, os.SEEK_END)
+        if start < size or not size:
+            url = hf_hub_url(name, file, revision=commit, endpoint=_endpoint())
+            http_get(url, opened, resume_size=start, headers=build_hf_headers())
+    os.replace(part, target)
+
+
+@contextmanager
+def _told(name: str, again: str) -> Iterator[None]:
+    """Whatever breaks on the way is one sentence, which ends with what to do."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"{name}: interrupted ({type(error).__name__}: {why}). {again}") from error
 
 
 def _arrived(folder: Path) -> int:

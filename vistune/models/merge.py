@@ -104,7 +104,7 @@ def fold(weight: Tensor, adapter: Mapping[str, Tensor], config: Any, path: str) 
     # A layer may have a rank and an alpha of its own.
     one.r = adapter["lora_A"].shape[0]
     alphas = config.alpha_pattern or {}
-    one.lora_alpha = alphas.get(get_pattern_key(alphas.keys(), path), config.lora_alpha)
+    one.lora_alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
     one.rank_pattern, one.alpha_pattern, one.modules_to_save, one.bias = {}, {}, None, "none"
     one.target_modules, one.exclude_modules, one.layers_to_transform, one.layers_pattern = {"layer"}, None, None, None
     inject_adapter_in_model(one, box)

@@ -36,8 +36,8 @@ def merge(
     if room.is_adapter(run):
         if step is not None:
             raise ValueError(f"{run}: an adapter has no steps; give the run's folder")
-        learned, start, said, what = room.read_adapter(run), "", {}, f"the adapter `{run.name}`"
-        start = learned.config.base_model_name_or_path or ""
+        learned, what = room.read_adapter(run), f"the adapter `{run.name}`"
+        start, said = learned.config.base_model_name_or_path or "", dict[str, Any]()
     else:
         learned, start, said, what = _of_run(run, step)
     if not (base or start):
