@@ -62,7 +62,7 @@ def golden_hf(path: Path) -> Path:
 def golden_original(path: Path) -> Path:
     """The golden checkpoint in Apple's format with a tokenizer, which has no <image>."""
     shutil.copytree(FASTVLM / "original", path, ignore=shutil.ignore_patterns("vision_config.json"))
-    tokenizer(path, ["<|im_start|>", "<|im_end|>"])
+    tokenizer(path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return path
 
 
