@@ -28,7 +28,7 @@ from vistune.models import clip
 from vistune.models import language as lm
 from vistune.models.families.llava import Llava
 
-_NEWLINE = "image_newline"
+NEWLINE = "image_newline"
 
 
 class LlavaNext(Llava):
@@ -56,7 +56,7 @@ class LlavaNext(Llava):
         inner: Any = model.model
         found = super().parts(model)
         # A parameter of the model itself: a module around it, so that it is found with the connector.
-        found["connector"].append(nn.ParameterDict({_NEWLINE: inner.image_newline}))
+        found["connector"].append(nn.ParameterDict({NEWLINE: inner.image_newline}))
         return found
 
     def layout(self, config: Any, processor: Any, image: str | None, options: Mapping[str, Any]) -> AnyresLayout:
@@ -131,7 +131,7 @@ class LlavaNext(Llava):
         return self.read(inner.language_model, embeds, positions, lengths)
 
     def stored_name(self, name: str) -> str:
-        return _NEWLINE if name == f"model.{_NEWLINE}" else super().stored_name(name)
+        return NEWLINE if name == f"model.{NEWLINE}" else super().stored_name(name)
 
     def flops(
         self,
