@@ -124,7 +124,7 @@ class LLaVAOneVision1_5_TextConfig(PretrainedConfig):
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         ids = {name: kwargs.pop(name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
         self.bos_token_id, self.eos_token_id, self.pad_token_id = ids.values()
         self.tie_word_embeddings = tie_word_embeddings
 
@@ -172,7 +172,7 @@ class Llavaonevision1_5Config(PretrainedConfig):
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self.vocab_size = vocab_size  # published, and larger than the embedding; nothing reads it
-        super().__init__(tie_word_embeddings=tied, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tied, **kwargs})
         self.tie_word_embeddings = tied
 
 

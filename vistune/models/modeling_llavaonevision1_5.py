@@ -146,8 +146,8 @@ class RicePreTrainedModel(PreTrainedModel):
         config: Any = getattr(self.config, "vision_config", self.config)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, 0.0, config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -317,28 +317,33 @@ class LLaVAOneVision1_5_ForConditionalGeneration(RicePreTrainedModel, Generation
             raise ValueError(f"{found} tokens {token} for pictures of {len(features)} tokens; lay one for each")
         return embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Pictures belong to the first step: afterwards the cache holds what became of them."""
-        found: Any = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        parent: Any = super()
+        found = parent.prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             found.update(pixel_values=None, pixel_values_videos=None)
         return found
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Several answers to one prompt: each row's pictures are repeated with the row."""
-        names = (("pixel_values", "image_grid_thw", "image_token_id"),)
-        names += (("pixel_values_videos", "video_grid_thw", "video_token_id"),)
-        for pixels, grids, token in names if expand_size > 1 and input_ids is not None else ():
-            if kwargs.get(pixels) is None:
-                continue
-            tokens = (input_ids == getattr(self.config, token)).sum(1).tolist()  # type: ignore[union-attr]
-            merged = self.visual.config.spatial_merge_size**2
-            kwargs[pixels], kwargs[grids] = _repeated(kwargs[pixels], kwargs[grids], tokens, merged, expand_size)
-        held = {name: kwargs.pop(name) for pair in names for name in pair[:2] if name in kwargs}
-        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        held = {name: kwargs.pop(name) for names in _PICTURES for name in names[:2] if kwargs.get(name) is not None}
+        for pixels, grids, token in _PICTURES if expand_size > 1 and input_ids is not None else ():
+            if pixels in held:
+                tokens = (input_ids == getattr(self.config, token)).sum(1).tolist()
+                merged = self.config.vision_config.spatial_merge_size**2
+                held[pixels], held[grids] = _repeated(held[pixels], held[grids], tokens, merged, expand_size)
+        parent: Any = super()
+        ids, kwargs = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, kwargs | held
+
+
+_PICTURES = (
+    ("pixel_values", "image_grid_thw", "image_token_id"),
+    ("pixel_values_videos", "video_grid_thw", "video_token_id"),
+)
 
 
 def _repeated(pixels: Tensor, grids: Tensor, tokens: Sequence[int], merged: int, times: int) -> tuple[Tensor, Tensor]:
