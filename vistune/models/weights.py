@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,11 @@ from torch import Tensor
 from vistune import console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_PIECE = re.compile(r"(?:model|pytorch_model)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
 SHARD_BYTES = 5_000_000_000
+PICKLE_BYTES = 2_000_000_000
+"""Of a shard that is pickled, which is in memory as a whole."""
 
 # The names that the safetensors format gives to types.
 _TYPES = {
@@ -77,22 +82,83 @@ def joined(parts: Sequence[Entry]) -> Entry:
     return Entry(parts[0].dtype, shape, lambda: torch.cat([part.read() for part in parts]))
 
 
+def grown(entry: Entry, rows: int) -> Entry:
+    """Its rows, and below them their mean as often as is needed for `rows`. The mean is summed in fp64, some rows at a
+    time."""
+    assert rows >= entry.shape[0], (rows, entry.shape)
+    if rows == entry.shape[0]:
+        return entry
+
+    def read() -> Tensor:
+        old = entry.read()
+        new = old.new_empty((rows, *entry.shape[1:]))
+        new[: len(old)] = old
+        mean = sum(piece.double().sum(0) for piece in old.split(1024)) / len(old)
+        new[len(old) :] = mean.to(old.dtype)
+        return new
+
+    return replace(entry, shape=(rows, *entry.shape[1:]), read=read)
+
+
+def file_bytes(file: Path) -> Entry:
+    """A small file as a tensor of its bytes."""
+    return held(torch.tensor(list(file.read_bytes()), dtype=torch.uint8))
+
+
+def found(folder: Path) -> dict[str, Entry]:
+    """The weights of a folder by name: safetensors, or where there are none pickles (`pytorch_model*.bin`), in one file
+    or several, with or without an index. ValueError for none, and for a file that is missing or cut."""
+    for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
+        if (folder / index).exists() or (folder / single).exists():
+            return _of_files(folder, single, index)
+    pieces = sorted(path for path in folder.glob("*-of-*") if _PIECE.fullmatch(path.name))
+    if not pieces:
+        raise ValueError(f"{folder}: no weights in it, neither {SINGLE} nor {PICKLE} nor shards of these")
+    kind = [path for path in pieces if path.suffix == ".safetensors"] or pieces
+    count = int(_PIECE.fullmatch(kind[0].name)[2])  # type: ignore[index]
+    if len(kind) != count:
+        raise ValueError(f"{folder}: holds {len(kind)} of {count} shards ({kind[0].name}, ...); copy the folder again")
+    return {name: entry for file in kind for name, entry in of_file(file).items()}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `found` would look into any file here."""
+    return any((folder / name).exists() for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX)) or any(
+        _PIECE.fullmatch(path.name) for path in folder.glob("*-of-*")
+    )
+
+
+def of_file(file: Path) -> dict[str, Entry]:
+    """The tensors of one file, safetensors or a pickle. ValueError when it holds something else."""
+    if file.suffix == ".safetensors":
+        return safetensors(file)
+    tensors = pickled(file)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{file}: {name} is a {type(value).__name__}, not a tensor")
+    return {name: held(value) for name, value in tensors.items()}
+
+
 def stored(folder: Path) -> dict[str, Entry]:
     """The safetensors of a model folder, by name. ValueError for a folder without weights, or with a shard that is
     missing or cut."""
-    if (folder / INDEX).exists():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        for file in sorted(set(names.values())):
-            if not (folder / file).exists():
-                raise ValueError(f"{folder}: {INDEX} names {file}, which is not there; copy the folder again")
-        files = {file: safetensors(folder / file) for file in sorted(set(names.values()))}
-        for name, file in names.items():
-            if name not in files[file]:
-                raise ValueError(f"{folder}: {INDEX} says {name} is in {file}, which does not hold it")
-        return {name: files[file][name] for name, file in names.items()}
-    if not (folder / SINGLE).exists():
+    if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; is this a model folder?")
-    return safetensors(folder / SINGLE)
+    return _of_files(folder, SINGLE, INDEX)
+
+
+def _of_files(folder: Path, single: str, index: str) -> dict[str, Entry]:
+    if not (folder / index).exists():
+        return of_file(folder / single)
+    names = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+    for file in sorted(set(names.values())):
+        if not (folder / file).exists():
+            raise ValueError(f"{folder}: {index} names {file}, which is not there; copy the folder again")
+    files = {file: of_file(folder / file) for file in sorted(set(names.values()))}
+    for name, file in names.items():
+        if name not in files[file]:
+            raise ValueError(f"{folder}: {index} says {name} is in {file}, which does not hold it")
+    return {name: files[file][name] for name, file in names.items()}
 
 
 def safetensors(file: Path) -> dict[str, Entry]:
@@ -131,17 +197,39 @@ def write(folder: Path, tensors: Mapping[str, Entry], limit: int = SHARD_BYTES, 
 
     One tensor is in memory at a time. A bar shows the bytes.
     """
+    _write_shards(folder, tensors, limit, note, SINGLE, INDEX, write_file)
+
+
+def write_pickles(folder: Path, tensors: Mapping[str, Entry], limit: int = PICKLE_BYTES) -> None:
+    """As `write`, into `pytorch_model*.bin`, which `torch.load` opens; one shard is in memory at a time."""
+    _write_shards(folder, tensors, limit, "writing", PICKLE, PICKLE_INDEX, write_pickle)
+
+
+def _write_shards(
+    folder: Path, tensors: Mapping[str, Entry], limit: int, note: str, single: str, index: str, write_one: Any
+) -> None:
     shards = _shards(tensors, limit)
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    stem, _, kind = single.rpartition(".")
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{kind}" for i in range(len(shards))]
     total = sum(entry.nbytes for entry in tensors.values())
     with console.progress() as bar:
         task = bar.add_task(note, total=total)
-        for name, shard in zip(names if len(shards) > 1 else [SINGLE], shards, strict=True):
-            write_file(folder / name, shard, lambda done: bar.update(task, advance=done))
+        for name, shard in zip(names if len(shards) > 1 else [single], shards, strict=True):
+            write_one(folder / name, shard, lambda done: bar.update(task, advance=done))
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        said = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / index).write_text(json.dumps(said, indent=2), encoding="utf-8")
+
+
+def write_pickle(file: Path, tensors: Mapping[str, Entry], written: Callable[[int], None] = lambda done: None) -> None:
+    """One file of `torch.save`: a dict of tensors, all in memory at once, each a copy so that no more is saved than
+    itself."""
+    held_now = {}
+    for name, entry in tensors.items():
+        held_now[name] = entry.read().clone(memory_format=torch.contiguous_format)
+        written(entry.nbytes)
+    torch.save(held_now, file)
 
 
 def _shards(tensors: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:

@@ -9,9 +9,11 @@ from vistune.models import weights
 from vistune.models.checkpoints import Checkpoint
 from vistune.models.families import families_of
 from vistune.models.folders import describe, read_config, write_described
+from vistune.models.load import commonest_type
 
-KEPT = "kept.safetensors"
-"""Beside the weights: what the format that the model came from has and a model folder has not."""
+KEPT = "kept.vistune"
+"""Beside the weights: what the format that the model came from has and a model folder has not. Safetensors by content,
+but not by name: some servers read every such file of a folder as weights."""
 
 
 class ModelFolder:
@@ -40,12 +42,10 @@ class ModelFolder:
         )
 
     def write(self, checkpoint: Checkpoint, folder: Path) -> None:
-        types = [entry.dtype for entry in checkpoint.tensors.values()]
-        commonest = max(set(types), key=types.count)
         weights.write(folder, checkpoint.tensors)
         if checkpoint.kept:
             weights.write_file(folder / KEPT, checkpoint.kept)
-        write_described(checkpoint.said, folder, _card(checkpoint), str(commonest).removeprefix("torch."))
+        write_described(checkpoint.said, folder, _card(checkpoint), commonest_type(checkpoint.tensors))
 
 
 def _card(checkpoint: Checkpoint) -> str:

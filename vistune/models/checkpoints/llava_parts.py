@@ -1,0 +1,199 @@
+"""The parts that an original LLaVA checkpoint leaves to others: its vision tower's folder, and a tokenizer that knows
+where pictures stand. Knows folders of parts; nothing of the checkpoint's own tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import CONFIG_MAPPING, AddedToken, AutoTokenizer, PretrainedConfig
+
+from vistune import chat
+from vistune.models import clip, weights
+from vistune.models.checkpoints import llava_names
+from vistune.models.families import Family
+from vistune.models.folders import Described, quiet, read_config, read_generation, refuse_unknown
+from vistune.models.load import COMPUTED
+from vistune.models.weights import Entry
+from vistune.samples import IMAGE_MARK
+
+STEP = 64
+"""A vocabulary has a multiple of so many rows."""
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_ONE_HALF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# The tower that nearly every published checkpoint names, for those that hold its weights: what its folder says.
+_KNOWN = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}
+_KNOWN_SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A vision tower's folder: what it says, and its weights, by the original's names."""
+
+    config: PretrainedConfig
+    processor: dict[str, Any]
+    tensors: Callable[[], dict[str, Entry]]
+
+
+def vision(raw: Mapping[str, Any], beside: Path, given: Path | None, *, inside: bool) -> Vision:
+    """The tower that config.json names: `given`, or in or beside the checkpoint, or as the path says, or from the hub's
+    cache. ValueError with all that was tried; a checkpoint that holds the tower (`inside`) needs only what is known of
+    OpenAI's CLIP.
+    """
+    name = str(raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
+    tried = [given] if given else _candidates(name, beside)
+    folder = next((path for path in tried if (path / "config.json").is_file()), None) or (
+        None if given else _cached(name)
+    )
+    if folder is not None:
+        return _read(folder)
+    if inside and Path(name).name in _KNOWN:
+        return _known(_KNOWN[Path(name).name])
+    raise ValueError(
+        f"{beside}: config.json names the vision tower {name!r}, which is not at "
+        f"{', '.join(str(path) for path in tried)} nor in the hub's cache; give its folder with --base, or fetch it "
+        f"where there is a network: vistune fetch {name}"
+    )
+
+
+def _candidates(name: str, beside: Path) -> list[Path]:
+    if not name:
+        return []
+    folder = beside if beside.is_dir() else beside.parent
+    return [folder / Path(name).name, folder / name, folder.resolve().parent / name, Path(name).expanduser()]
+
+
+def _cached(name: str) -> Path | None:
+    """A hub repository's snapshot in the local cache."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, OSError):
+        return None
+
+
+def _read(folder: Path) -> Vision:
+    """A tower's own folder, or that of the two-tower model which it is one half of."""
+    said = read_config(folder)
+    inner, kind = said.get("vision_config", said), said.get("model_type", "")
+    kind = _ONE_HALF.get(kind, kind)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"vision: {folder} is a {kind!r}, which transformers does not know")
+    left_out = {"model_type", "architectures", "transformers_version", "torch_dtype", "_name_or_path"}
+    config: Any = CONFIG_MAPPING[kind](**{key: value for key, value in inner.items() if key not in left_out})
+    return Vision(config, clip.read_image_processor(folder), lambda: _tower(folder))
+
+
+def _tower(folder: Path) -> dict[str, Entry]:
+    """The tower's weights by the original's names; the text half of a two-tower model is left out."""
+    found = weights.found(folder)
+    halves = any(name.startswith("vision_model.") for name in found)
+    chosen = {name: one for name, one in found.items() if not halves or name.startswith("vision_model.")}
+    prefix = f"model.{llava_names.VISION}"
+    return {prefix + name: entry for name, entry in chosen.items() if not COMPUTED.search(name)}
+
+
+def _known(size: int) -> Vision:
+    """OpenAI's CLIP ViT-L/14, as its folder says it."""
+    sizes: dict[str, Any] = {**_KNOWN_SIZES, "image_size": size, "patch_size": 14, "projection_dim": 768}
+    processor = {
+        "crop_size": size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": size,
+    }
+    return Vision(CONFIG_MAPPING["clip_vision_model"](**sizes), processor, dict)
+
+
+def write_tower(tensors: Mapping[str, Entry], said: Described, folder: Path) -> None:
+    """A folder of the tower's own, as `transformers` and the original open it. `tensors` by the original's names; none
+    when they lie elsewhere."""
+    folder.mkdir(parents=True)
+    with quiet():
+        said.config.vision_config.save_pretrained(folder)
+        processor = said.family.processor(said.config, said.tokenizer, said.layout, None)
+        processor.image_processor.save_pretrained(folder)
+    if tensors:
+        weights.write(folder, {name.partition(llava_names.VISION)[2]: entry for name, entry in tensors.items()})
+
+
+def tokenizer(folder: Path, text: PretrainedConfig, start_end: bool = False) -> tuple[Any, int]:
+    """The tokenizer of `folder` with a token for the image, and that token's id. ValueError when there is none.
+
+    `start_end`: with the two around it as well, which a first stage adds and does not save.
+    """
+    try:
+        with quiet():
+            # Told what kind of text it is for: it does not know what LLaVA's own config.json says.
+            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=text)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder}: no tokenizer can be opened in it ({reason})") from error
+    for token in (*((chat.IMAGE_START, chat.IMAGE_END) if start_end else ()), IMAGE_MARK):
+        if token not in found.get_vocab():
+            found.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    if found.pad_token is None:
+        found.pad_token = found.unk_token or found.eos_token
+    return found, found.convert_tokens_to_ids(IMAGE_MARK)
+
+
+def described(
+    *,
+    folder: Path,
+    family: Family,
+    config: Any,
+    tokenizer: Any,
+    processor: dict[str, Any],
+    template: str,
+    image: str | None,
+    options: dict[str, Any],
+    generation: Path,
+    start_end: bool = False,
+) -> Described:
+    """What a folder of `family` would say of such a model. ValueError for a template or an option that does not fit."""
+    refuse_unknown(options, family)
+    chosen = chat.template(template)
+    chat.check_fits(chat.in_ends(chosen) if start_end else chosen, tokenizer)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, getattr(tokenizer, key))
+    family.configure(config, options)
+    laid = {"pinpoints": config.image_grid_pinpoints} if family.name == "llava_next" else options
+    layout: Any = family.layout(config, processor, image, laid)
+    if family.name != "llava_next":
+        config.image_seq_length = layout.tokens(layout.size, layout.size)
+    return Described(
+        folder=folder,
+        family=family,
+        config=config,
+        generation=read_generation(generation, config.text_config),
+        tokenizer=tokenizer,
+        template_name=template,
+        layout=layout,
+        image_token_id=config.image_token_id,
+        start_end=start_end,
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file. ValueError when it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
