@@ -47,6 +47,7 @@ def prove(recipe: Recipe, packs: int = 8, world: Sequence[int] = (1, 2, 4, 8)) -
             dtype=torch.float32,
             template=recipe.model.template,
             image=recipe.model.image,
+            options=recipe.model.options,
         )
         data = inputs.read(recipe, loaded, Path(recipe.run) / "index")
         steps = spread(data.plan.steps, _STEPS)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tests.models.test_llava_next_family import LAYOUT
+from tests.test_generate import stock_answer
 from tests.tiny import tiny_language, tiny_vision
 from vistune import images
 from vistune.generate import Chat, answer_batch
@@ -150,15 +151,9 @@ def test_answers_are_the_stock_ones(stage0, tmp_path):
     for seed, size in enumerate(SIZES):
         noise(size, seed).save(tmp_path / f"{seed}.png")
         paths.append(Image(path=str(tmp_path / f"{seed}.png")))
-    processor = transformers.AutoProcessor.from_pretrained(stage0)
-    stock = transformers.AutoModelForImageTextToText.from_pretrained(stage0)
-    loaded, expected = load(stage0), []
-    for picture in paths:
-        content = [{"type": "image"}, {"type": "text", "text": "\nWhat is there?"}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        asked = processor(text=text, images=[PIL.Image.open(picture.path)], return_tensors="pt")
-        out = stock.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
-        expected.append(processor.tokenizer.decode(out, skip_special_tokens=True).strip())
+    content = [{"type": "image"}, {"type": "text", "text": "\nWhat is there?"}]
+    messages = [{"role": "user", "content": content}]
+    loaded, expected = load(stage0), [stock_answer(stage0, messages, [picture], 8) for picture in paths]
     assert "".join(Chat(loaded).ask("What is there?", paths[:1], max_new_tokens=8)) == expected[0]
     asked = [("What is there?", [picture]) for picture in paths]
     assert answer_batch(loaded, asked, max_new_tokens=8, batch=3) == expected
