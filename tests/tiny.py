@@ -30,8 +30,10 @@ def tiny_vision(
     patch_size: int = 14,
     seed: int = 0,
     full: bool = False,
+    crop: int = 0,
 ) -> Path:
-    """A CLIP or SigLIP vision folder: `config.json`, `model.safetensors`, `preprocessor_config.json`.
+    """A vision folder (clip, siglip, dinov2, dinov2_with_registers): `config.json`, `model.safetensors`,
+    `preprocessor_config.json`. `crop`: side of its pictures where that is not `image_size` (dinov2).
 
     `full=True` writes the two-tower model (as most hub folders are) instead of its vision half alone.
     """
@@ -51,8 +53,14 @@ def tiny_vision(
         config, model, full_model = transformers.SiglipVisionConfig(**sizes), "SiglipVisionModel", "SiglipModel"
         text = {"hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         full_config = transformers.SiglipConfig
+    elif kind.startswith("dinov2"):
+        sizes["mlp_ratio"] = 2
+        del sizes["intermediate_size"]
+        config, model = transformers.Dinov2Config(**sizes), "Dinov2Model"
+        if kind == "dinov2_with_registers":
+            config, model = transformers.Dinov2WithRegistersConfig(**sizes), "Dinov2WithRegistersModel"
     else:
-        raise ValueError(f"tiny_vision: kind is {kind!r}; there are clip, siglip")
+        raise ValueError(f"tiny_vision: kind is {kind!r}; there are clip, siglip, dinov2, dinov2_with_registers")
     path = Path(path)
     torch.manual_seed(seed)
     if full:
@@ -63,8 +71,20 @@ def tiny_vision(
         built = getattr(transformers, model)(config)
     _spread(built)
     built.save_pretrained(path)
-    _write_preprocessor(path, kind, image_size)
+    _write_preprocessor(path, kind, crop or image_size)
     return path
+
+
+_LANGUAGES = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "phi": "PhiConfig",
+    "phi3": "Phi3Config",
+    "smollm3": "SmolLM3Config",
+    "mpt": "MptConfig",
+}
 
 
 def tiny_language(
@@ -80,13 +100,12 @@ def tiny_language(
     seed: int = 1,
     **more: Any,
 ) -> Path:
-    """A causal language model folder of `kind` (llama, mistral, qwen2, qwen3) with a tokenizer from the golden data.
+    """A causal language model folder of `kind` (see `_LANGUAGES`) with a tokenizer from the golden data.
 
     `vocab` names it (llama_like, qwen2_like); by default the one that fits `kind`. `more` goes to the config.
     """
-    configs = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
-    if kind not in configs:
-        raise ValueError(f"tiny_language: kind is {kind!r}; there are {', '.join(configs)}")
+    if kind not in _LANGUAGES:
+        raise ValueError(f"tiny_language: kind is {kind!r}; there are {', '.join(_LANGUAGES)}")
     vocab = vocab or ("qwen2_like" if kind.startswith("qwen") else "llama_like")
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "vocab_size": 1000}
     if vocab == "qwen2_like":
@@ -102,9 +121,11 @@ def tiny_language(
     }
     if kind == "qwen3":
         sizes["head_dim"] = hidden // heads
+    if kind == "mpt":
+        sizes = {"d_model": hidden, "n_heads": heads, "n_layers": layers, "max_seq_len": 256}
     path = Path(path)
     torch.manual_seed(seed)
-    config = getattr(transformers, configs[kind])(**(ids | sizes | more))
+    config = getattr(transformers, _LANGUAGES[kind])(**(ids | sizes | more))
     built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _spread(built)
     built.save_pretrained(path)
@@ -134,7 +155,16 @@ def _write_preprocessor(path: Path, kind: str, size: int) -> None:
         "resample": 3,
         "rescale_factor": 1 / 255,
     }
-    if kind == "clip":
+    if kind.startswith("dinov2"):
+        common |= {
+            "image_processor_type": "BitImageProcessor",
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "size": {"shortest_edge": size + 8},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        }
+    elif kind == "clip":
         common |= {
             "image_processor_type": "CLIPImageProcessor",
             "do_center_crop": True,
