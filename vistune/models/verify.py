@@ -6,93 +6,82 @@ Opens everything anew from disk and knows nothing of how it was assembled.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vistune import console
-from vistune.models import checkpoints
-from vistune.models.assemble import read_language, read_vision, resolve
+from vistune.models import assemble_onevision15, checkpoints
+from vistune.models.finite import first_nonfinite
+from vistune.models.folders import Described, read_config
 from vistune.models.load import build, nonfinite
+from vistune.models.parts import inside, read_language, read_vision, resolve
+from vistune.models.proof import TOLERANCE, Report, Row, difference
+from vistune.models.verify_onevision15 import compare_vision
+from vistune.models.weights import Entry
 
-# Relative to the largest value. Hidden states come out bit-equal; the head's product may add in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One check: of what, on how many modules, the greatest difference, and what is wrong (empty: nothing)."""
-
-    part: str
-    check: str
-    modules: int
-    difference: float
-    wrong: str = ""
-
-
-@dataclass
-class Report:
-    """What was proved. `ok` when nothing is wrong."""
-
-    folder: str
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not any(row.wrong for row in self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"folder": self.folder, "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
-
-    def show(self) -> None:
-        """A table on stdout; what is wrong on stderr."""
-        cells = [(r.part, r.check, r.modules, f"{r.difference:.2g}", "no" if r.wrong else "yes") for r in self.rows]
-        console.table(
-            f"{self.folder}: is it what it was made of", ["part", "check", "of", "difference", "holds"], cells
-        )
-        for row in self.rows:
-            if row.wrong:
-                console.err.print(f"{row.part}: {row.wrong}", markup=False)
+__all__ = ["Report", "Row", "verify"]
 
 
 @torch.no_grad()
-def verify(folder: Path | str, *, vision: str | Path, language: str | Path) -> Report:
+def verify(folder: Path | str, *, vision: str | Path, language: str | Path, dtype: torch.dtype | None = None) -> Report:
     """Compare the model in `folder` with the sources of its parts, layer by layer, on fixed inputs.
 
-    Parts are held in the precision of the folder. Raises ValueError when something cannot be opened at all.
+    Parts are held in the precision of the folder. In fp16, or in `dtype` when it is given, a picture and a text also go
+    through the whole model, and the first module whose output is not finite is named. Raises ValueError when something
+    cannot be opened at all.
     """
     folder = Path(folder)
     report = Report(str(folder))
     found = checkpoints.read(folder)
-    model: Any = build(found.said.family, found.said.config, found.tensors, "auto", str(folder), finite=False)
+    family = found.said.family
+    model: Any = build(family, found.said.config, found.tensors, "auto", str(folder), finite=False)
     bad = nonfinite(model)
     report.rows.append(Row("all", "values are finite", sum(1 for _ in model.parameters()), 0.0, _cause_nonfinite(bad)))
+    if narrow := dtype or (torch.float16 if model.dtype == torch.float16 else None):
+        report.rows.append(_check_range(found.said, model, narrow))
 
-    source, _ = read_vision(resolve(vision, "vision"), model.dtype, finite=False)
-    ours = model.model.vision_tower
-    size = source.config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
-    report.rows += _compare("vision", source, ours, {"pixel_values": pixels})
-    del source
+    parts = family.parts(model)
+    report.rows += _compare_vision(resolve(vision, "vision"), found.tensors, model, parts["vision"][0])
     gc.collect()
 
-    source, _ = read_language(resolve(language, "language"), model.dtype, finite=False)
-    rows = len(source.get_input_embeddings().weight)
+    source, tokenizer = read_language(resolve(language, "language"), model.dtype, finite=False)
+    # Rows beyond the tokenizer's are nobody's: assembling may give them to tokens of its own.
+    rows = min(len(source.get_input_embeddings().weight), len(tokenizer))
     ids = torch.randint(0, rows, (1, 24), generator=torch.Generator().manual_seed(0))
-    report.rows += _compare("language", source.model, model.model.language_model, {"input_ids": ids})
-    report.rows.append(_compare_head(source.lm_head, model.lm_head, rows))
+    report.rows += _compare("language", inside(source), parts["language"][0], {"input_ids": ids}, rows)
+    report.rows.append(_compare_head(source.lm_head, family.head(model), rows))
     return report
+
+
+def _compare_vision(folder: Path, tensors: Mapping[str, Entry], model: Any, ours: Any) -> list[Row]:
+    if read_config(folder).get("model_type") == assemble_onevision15.VISION:
+        return compare_vision(folder, tensors, model.visual)
+    dtype = next(ours.parameters()).dtype
+    source, _ = read_vision(folder, dtype, finite=False)
+    size = source.config.image_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return _compare("vision", source, ours, {"pixel_values": pixels})
+
+
+def _check_range(said: Described, model: Any, dtype: torch.dtype) -> Row:
+    """A picture of noise and a few words through the whole model."""
+    pixels, grid = said.layout.blank(112, 112), said.layout.grid(112, 112)
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    ids = [said.image_token_id] * said.layout.tokens(112, 112) + said.tokenizer("a picture")["input_ids"]
+    inputs = said.family.inputs([noise], [grid] if grid else [])
+    first = first_nonfinite(model, {"input_ids": torch.tensor([ids]), **inputs}, dtype)
+    wrong = f"{first}: its output leaves the range of {dtype}; use bfloat16 or float32" if first else ""
+    return Row("all", f"finite in {str(dtype).removeprefix('torch.')}", sum(1 for _ in model.modules()), 0.0, wrong)
 
 
 def _cause_nonfinite(names: Sequence[str]) -> str:
     if not names:
         return ""
     first = names[0]
-    if "multi_modal_projector" in first:
+    if "multi_modal_projector" in first or ".merger." in first:
         cause = "the connector's file holds it, or its fresh weights overflowed in half precision"
     elif first.endswith(("inv_freq", "position_ids")):
         cause = "this buffer is not stored but computed, and was left uninitialised; open the folder anew"
@@ -101,21 +90,26 @@ def _cause_nonfinite(names: Sequence[str]) -> str:
     return f"{first} is not finite (and {len(names) - 1} more); likely cause: {cause}"
 
 
-def _compare(part: str, source: nn.Module, ours: nn.Module, inputs: dict[str, Tensor]) -> list[Row]:
-    """Two rows: every weight, then the hidden states after every layer."""
-    return [_compare_weights(part, source, ours), _compare_states(part, source, ours, inputs)]
+def _compare(
+    part: str, source: nn.Module, ours: nn.Module, inputs: dict[str, Tensor], rows: int | None = None
+) -> list[Row]:
+    """Two rows: every weight (of the embedding its first `rows`), then the hidden states after every layer."""
+    return [_compare_weights(part, source, ours, rows), _compare_states(part, source, ours, inputs)]
 
 
-def _compare_weights(part: str, source: nn.Module, ours: nn.Module) -> Row:
+def _compare_weights(part: str, source: Any, ours: nn.Module, rows: int | None) -> Row:
     """Rows of the embedding beyond the source's are new and not compared."""
+    embedding = source.get_input_embeddings().weight if rows is not None else None
     held, worst, wrong = dict(ours.named_parameters()), 0.0, ""
     wanted = dict(source.named_parameters())
     if missing := wanted.keys() ^ held.keys():
         wrong = f"{min(missing)} is on one side only; likely cause: the source is not the one it was assembled from"
     for name in (name for name in wanted if name in held):
-        one, other = wanted[name], held[name][: len(wanted[name])] if wanted[name].ndim else held[name]
+        one, other = wanted[name], held[name]
+        if one is embedding:
+            one, other = one[:rows], other[:rows]
         if not torch.equal(one, other):
-            worst = max(worst, _difference(one, other))
+            worst = max(worst, difference(one, other))
             wrong = wrong or f"{name} differs; likely cause: other weights, or a cast between the two"
     return Row(part, "weights", len(wanted), worst, wrong)
 
@@ -125,17 +119,11 @@ def _compare_states(part: str, source: Any, ours: Any, inputs: dict[str, Tensor]
     states = [[*out.hidden_states, out.last_hidden_state] for out in pair]
     tolerance, worst = TOLERANCE.get(states[0][0].dtype, 1e-5), 0.0
     for depth, (one, other) in enumerate(zip(*states, strict=True)):
-        difference = _difference(one, other)
-        worst = max(worst, difference)
-        if not difference <= tolerance:  # also when it is NaN
-            return Row(part, "hidden states", len(states[0]), difference, _cause(part, depth, one, other, source, ours))
+        found = difference(one, other)
+        worst = max(worst, found)
+        if not found <= tolerance:  # also when it is NaN
+            return Row(part, "hidden states", len(states[0]), found, _cause(part, depth, one, other, source, ours))
     return Row(part, "hidden states", len(states[0]), worst)
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    """Greatest difference relative to the greatest value; NaN when either holds one."""
-    scale = one.float().abs().max().clamp_min(1.0)
-    return float(((one.float() - other.float()).abs().max() / scale).item())
 
 
 def _cause(part: str, depth: int, one: Tensor, other: Tensor, source: Any, ours: Any) -> str:
@@ -156,7 +144,9 @@ def _cause(part: str, depth: int, one: Tensor, other: Tensor, source: Any, ours:
 
 
 def _compare_head(source: nn.Linear, ours: nn.Linear, rows: int) -> Row:
-    """The first `rows` rows of the head; those after are new."""
-    equal = torch.equal(source.weight[:rows], ours.weight[:rows])
-    wrong = "" if equal else "lm_head.weight differs; likely cause: the head was tied to the embedding, or untied"
-    return Row("language", "head", 1, _difference(source.weight[:rows], ours.weight[:rows]), wrong)
+    """The first `rows` rows of the head, and its bias where it has one; those after are new."""
+    wrong, held = "", dict(ours.named_parameters())
+    for name, one in source.named_parameters():
+        if name not in held or not torch.equal(one[:rows], held[name][:rows]):
+            wrong = wrong or f"lm_head.{name} differs; likely cause: the head was tied to the embedding, or untied"
+    return Row("language", "head", 1, difference(source.weight[:rows], ours.weight[:rows]), wrong)

@@ -108,8 +108,8 @@ def _as_published(config: dict[str, Any], tied: bool) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if key != "vistune"}
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     for section in sections:
-        if "dtype" in section:
-            section["torch_dtype"] = section.pop("dtype")
+        if dtype := section.pop("dtype", None):
+            section["torch_dtype"] = dtype
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
     return config
 
