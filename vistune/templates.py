@@ -224,7 +224,8 @@ def in_ends(template: Template) -> Template:
 def jinja(template: Template, space: Space, placeholder: str = IMAGE_MARK) -> str:
     """`template` as a Jinja chat template for `transformers`.
 
-    It takes content as a string (with marks) or as a list of `{"type": "image"}` and `{"type": "text", "text": ...}`,
+    It takes content as a string (with marks) or as a list of `{"type": "image"}` and `{"type": "text", "text": ...}`
+    (and `{"type": "video"}`, where `placeholder` is Qwen2-VL's, whose other token stands for it),
     a leading system message, and `add_generation_prompt`; answers are wrapped in `{% generation %}`. It writes no BOS:
     the processor adds it. `space` makes one pass over the whole prompt give the ids of a pass per chunk. `placeholder`
     is what the processor expands for an image.
@@ -233,6 +234,7 @@ def jinja(template: Template, space: Space, placeholder: str = IMAGE_MARK) -> st
     written = [field.name for field in fields(template) if field.name not in _UNWRITTEN]
     values = {name: getattr(template, name) for name in written}
     values |= {"image": template.image.replace(IMAGE_MARK, placeholder), "mark": IMAGE_MARK, "space": space}
+    values["video"] = values["image"].replace("image", "video") if "<|image_pad|>" in placeholder else ""
     head = "".join(f"{{%- set {key} = {_literal(value)} -%}}\n" for key, value in values.items())
     return head + _MACROS + (_CAPTION if template.caption else _EXCHANGES)
 
@@ -254,7 +256,13 @@ _MACROS = r"""
 {{- content -}}
 {%- else -%}
 {%- for part in content -%}
-{{- mark if part['type'] == 'image' else part['text'] -}}
+{%- if part['type'] in ['image', 'image_url'] -%}
+{{- mark -}}
+{%- elif part['type'] == 'video' -%}
+{{- video or raise_exception('This model takes no videos.') -}}
+{%- else -%}
+{{- part['text'] -}}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
