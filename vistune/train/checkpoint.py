@@ -87,9 +87,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def tensors(learned: list[Learned], optimizer: Optimizer) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: learned weights and the optimizer's state of them."""
+def tensors(learned: list[Learned], optimizer: Optimizer, followed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: learned weights, the optimizer's state of them, and buffers that moved."""
     named = {f"model/{one.name}": one.parameter.detach() for one in learned}
+    named |= {f"model/{name}": value for name, value in followed.items()}
     return named | {f"optimizer/{name}": value for name, value in optimizer.state().items()}
 
 

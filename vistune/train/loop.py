@@ -199,6 +199,7 @@ class Loop:
         scale, clip = self.state.scale, self.recipe.optimizer.clip
         gradients = self.optimizer.gradients()
         parallel.sum_gradients(gradients)
+        parallel.average(parallel.followed(self.module).values())
         norm = float(total_norm(gradients)) / scale.value
         if not (math.isfinite(norm) and math.isfinite(loss)):
             self._count_nonfinite(batches, norm, loss)

@@ -7,6 +7,7 @@ checkpointing -> (compile) -> (sharding).
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -69,6 +70,21 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
         enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+def followed(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that move with the data: the statistics of batch norms that learn, by name."""
+    norms = {path: one for path, one in model.named_modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)}
+    learning = {path: one for path, one in norms.items() if any(p.requires_grad for p in one.parameters())}
+    return {f"{path}.{name}": held for path, one in learning.items() for name, held in one.named_buffers(recurse=False)}
+
+
+def average(buffers: Iterable[Tensor]) -> None:
+    """The mean over the ranks, in place, of what is not a count: every rank ends a step with the same model."""
+    floats = [one for one in buffers if one.is_floating_point()]
+    sum_gradients(floats)
+    for one in floats if ranks.world() > 1 else ():
+        one.div_(ranks.world())
 
 
 def sum_gradients(gradients: list[Tensor]) -> None:

@@ -189,7 +189,8 @@ def train(
     loop: Loop,
 ) -> None:
     """Resume or try a save, then all the steps that are left, with everybody told."""
-    tensors = checkpoint.tensors(learned, loop.optimizer)
+    followed = parallel.followed(loaded.model)
+    tensors = checkpoint.tensors(learned, loop.optimizer, followed)
 
     def save(state: State) -> None:
         saved = {
@@ -198,7 +199,8 @@ def train(
             "index": data.index.hash,
             "quarantine": loop.ledger.state(),
         }
-        checkpoint.save(folder, state.step, checkpoint.tensors(learned, loop.optimizer), saved, recipe.checkpoint.keep)
+        now = checkpoint.tensors(learned, loop.optimizer, followed)
+        checkpoint.save(folder, state.step, now, saved, recipe.checkpoint.keep)
 
     if saved := checkpoint.folders(folder):
         loop.state = State.from_dict(_take_up(saved[-1], tensors, data))
