@@ -84,10 +84,12 @@ def pieces(
     window = getattr(text, "sliding_window", None)
     scores = 4 * causal_pairs(lengths, window) * text.num_attention_heads * width
     rest, layers = learns(learn, "language", text.num_hidden_layers)
-    found = [Piece(learns=rest)]  # the embedding: a look-up
+    embedding = rest or "language.embedding" in learn
+    found = [Piece(learns=embedding)]  # a look-up
     for (inputs, others), learning in zip(weights["language"], layers, strict=True):
         found += layer_pieces(2 * tokens * inputs, scores, 2 * tokens * others, learning)
-    return [*found, Piece(2 * supervised * weights["head"], learns=rest)]
+    tied = embedding and bool(getattr(text, "tie_word_embeddings", False))
+    return [*found, Piece(2 * supervised * weights["head"], learns=rest or tied)]
 
 
 def layer_pieces(inputs: int, scores: int, others: int, learning: bool) -> list[Piece]:

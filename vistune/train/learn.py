@@ -22,6 +22,9 @@ from vistune.models.flops import chosen
 from vistune.recipe import Lora, Rate, Recipe
 
 PARTS = ("vision", "connector", "language")
+EMBEDDING = "language.embedding"
+"""The input embedding alone: what learns tokens that a folder was given, such as `<im_start>`. The head too where it is
+tied to it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
         found = 0
         for module in _modules(model, family, key):
             for name in (names[id(parameter)] for parameter in module.parameters()):
-                if part in recipe.lora.parts and recipe.lora.r and name not in adapted:
+                if part in recipe.lora.parts and recipe.lora.r and name not in adapted and key != EMBEDDING:
                     continue
                 parameters[name].requires_grad_(True)
                 taken[name] = Learned(name, parameters[name], key, rate)
@@ -61,14 +64,19 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
 
 
 def _modules(model: nn.Module, family: Family, key: str) -> list[nn.Module]:
-    """The modules that a `learn` key names: a part, or a slice of a part's layers."""
+    """The modules that a `learn` key names: a part, a slice of a part's layers, or the input embedding."""
+    if key == EMBEDDING:
+        return [model.get_input_embeddings()]  # type: ignore[operator]
     part, _, rest = key.partition(".")
     if part not in PARTS:
         raise ValueError(f"learn.{key}: no part {part!r}; the parts are {', '.join(PARTS)}")
     if not rest:
         return family.parts(model)[part]
     if not rest.startswith("layers."):
-        raise ValueError(f'learn.{key}: after the part may stand layers.N or layers.FROM:TO, as in "vision.layers.-4:"')
+        raise ValueError(
+            f'learn.{key}: after the part may stand layers.N or layers.FROM:TO, as in "vision.layers.-4:", '
+            f'and there is "{EMBEDDING}"'
+        )
     layers = family.layers(model, part)
     try:
         return [layers[i] for i in chosen(rest.removeprefix("layers."), len(layers))]
