@@ -327,3 +327,54 @@ def test_a_stage_trains_all_three_parts_at_their_own_rates_and_its_folder_opens(
     assert after.model.state_dict()["model.vision_tower.timm_model.stages.0.blocks.0.mlp.conv.bn.num_batches_tracked"]
     rates = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["lr"]
     assert rates.keys() == {"connector", "vision", "language"} and len(set(rates.values())) == 3
+
+
+QWEN2 = {  # as published with each size: width, feed-forward width, layers, heads, key-value heads, rows, tied
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152_064, False),
+}
+PARAMETERS = {  # derived: the tower's 122,714,208, the connector's, the language model's (tied: the head once)
+    "0.5B": (3_557_120, 494_032_768),
+    "1.5B": (7_080_960, 1_543_714_304),
+    "7B": (23_862_272, 7_615_616_512),
+}
+
+
+def real(size):
+    width, inner, layers, heads, shared, rows, tied = QWEN2[size]
+    text = transformers.Qwen2Config(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        vocab_size=rows,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        return FAMILY.model_class(transformers.FastVlmConfig(text_config=text, tie_word_embeddings=tied))
+
+
+@pytest.mark.parametrize("size", QWEN2)
+def test_parameters_of_the_real_sizes(size):
+    model = real(size)
+    counts = {
+        part: sum(p.numel() for m in found for p in m.parameters()) for part, found in FAMILY.parts(model).items()
+    }
+    if QWEN2[size][-1]:
+        counts["language"] -= model.lm_head.weight.numel()
+    assert (counts["connector"], counts["language"]) == PARAMETERS[size]
+    assert counts["vision"] == 122_714_208
+
+
+def test_keys_of_the_published_7b():
+    facts = json.loads((FASTVLM / "mobileclip_l_keys.json").read_text())
+    with torch.device("meta"):
+        model = FAMILY.model_class(transformers.FastVlmConfig())
+    shapes = {FAMILY.stored_name(name): list(value.shape) for name, value in model.state_dict().items()}
+    wanted = {name: one["shape"] for name, one in facts["hf"].items()}
+    for name, shape in facts["other_keys_7b"].items():
+        layers = range(28) if ".layers.0." in name else [0]
+        wanted |= {name.replace(".layers.0.", f".layers.{i}."): shape for i in layers}
+    assert shapes == wanted and shapes["lm_head.weight"] == [152_128, 3584]
