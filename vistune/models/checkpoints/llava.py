@@ -107,7 +107,7 @@ class Original:
     def open(self, format: str, why: str, *, template: str | None, image: str | None, options: Any) -> Checkpoint:
         """A checkpoint in the names of the family that holds such a model. ValueError for what is not whole."""
         family = llava_config.family_of(self.raw)
-        vision = llava_parts.vision(self.raw, self.folder, self.vision, inside=self.vision_inside)
+        vision = llava_parts.vision(self.raw, (self.folder, self.tokenizer), self.vision, inside=self.vision_inside)
         tensors = dict(self.tensors)
         if not self.vision_inside:
             tensors |= vision.tensors()

@@ -90,7 +90,7 @@ def on_base(raw: dict[str, Any], base: Path | None, folder: Path, who: str) -> l
     tensors = {name: one for name, one in weights.found(base).items() if not llava.COMPUTED.search(name)}
     if llava_config.recognise(config) and not any(llava_names.is_vision(name) for name in tensors):
         # Its tower is where its own config.json says.
-        tensors |= llava_parts.vision(config, base, None, inside=False).tensors()
+        tensors |= llava_parts.vision(config, (base,), None, inside=False).tensors()
     return llava.Original(folder=folder, raw=raw, tensors=tensors, tokenizer=base, vision=None)
 
 

@@ -5,7 +5,7 @@ where pictures stand. Knows folders of parts; nothing of the checkpoint's own te
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ class Vision:
     tensors: Callable[[], dict[str, Entry]]
 
 
-def vision(raw: Mapping[str, Any], beside: Path, given: Path | None, *, inside: bool) -> Vision:
-    """The tower that config.json names: `given`, or in or beside the checkpoint, or as the path says, or from the hub's
-    cache. ValueError with all that was tried; a checkpoint that holds the tower (`inside`) needs only what is known of
-    OpenAI's CLIP.
+def vision(raw: Mapping[str, Any], places: Sequence[Path], given: Path | None, *, inside: bool) -> Vision:
+    """The tower that config.json names: `given`, or in or beside one of `places` (the checkpoint, its base), or as the
+    path says, or from the hub's cache. ValueError with all that was tried; a checkpoint that holds the tower (`inside`)
+    needs only what is known of OpenAI's CLIP.
     """
     name = str(raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
-    tried = [given] if given else _candidates(name, beside)
+    tried = [given] if given else _candidates(name, places)
     folder = next((path for path in tried if (path / "config.json").is_file()), None) or (
         None if given else _cached(name)
     )
@@ -63,18 +63,18 @@ def vision(raw: Mapping[str, Any], beside: Path, given: Path | None, *, inside: 
         return _read(folder)
     if inside and Path(name).name in _KNOWN:
         return _known(_KNOWN[Path(name).name])
+    named = ", ".join(dict.fromkeys(str(path) for path in tried))
     raise ValueError(
-        f"{beside}: config.json names the vision tower {name!r}, which is not at "
-        f"{', '.join(str(path) for path in tried)} nor in the hub's cache; give its folder with --base, or fetch it "
-        f"where there is a network: vistune fetch {name}"
+        f"{places[0]}: config.json names the vision tower {name!r}, which is not at {named} nor in the hub's cache; "
+        f"give its folder with --base, or fetch it where there is a network: vistune fetch {name}"
     )
 
 
-def _candidates(name: str, beside: Path) -> list[Path]:
+def _candidates(name: str, places: Sequence[Path]) -> list[Path]:
     if not name:
         return []
-    folder = beside if beside.is_dir() else beside.parent
-    return [folder / Path(name).name, folder / name, folder.resolve().parent / name, Path(name).expanduser()]
+    near = [place / path for place in places for path in (Path(name).name, name)]
+    return [*near, *(place.resolve().parent / name for place in places), Path(name).expanduser()]
 
 
 def _cached(name: str) -> Path | None:
@@ -86,9 +86,10 @@ def _cached(name: str) -> Path | None:
 
 
 def _read(folder: Path) -> Vision:
-    """A tower's own folder, or that of the two-tower model which it is one half of."""
+    """A tower's own folder, or that of a model which it is a part of."""
     said = read_config(folder)
-    inner, kind = said.get("vision_config", said), said.get("model_type", "")
+    inner = said.get("vision_config", said)
+    kind = inner.get("model_type") or said.get("model_type", "")
     kind = _ONE_HALF.get(kind, kind)
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"vision: {folder} is a {kind!r}, which transformers does not know")
