@@ -19,6 +19,8 @@ from vistune.data.shares import Share
 from vistune.data.tokenize import Language
 from vistune.data.transforms import apply
 from vistune.images import FixedLayout
+from vistune.models import hub
+from vistune.models.families import families_of
 from vistune.models.folders import Described, read_config
 from vistune.models.load import describe
 from vistune.native import NativeLayout, open_native
@@ -134,16 +136,10 @@ def pad_to(recipe: Recipe, device: str, packs: int) -> int:
     return 1 if device == "cpu" else 128
 
 
-def model_folder(start: str | Path) -> Path:
-    """The model folder of `start`: itself, or the `model` in it when it is a run's."""
-    start = Path(start)
-    return start / "model" if (start / "model" / "config.json").exists() else start
-
-
 def describe_model(recipe: Recipe) -> Described:
     """What the recipe's start folder says of the model, its weights apart."""
     said = recipe.model
-    return describe(model_folder(said.start), template=said.template, image=said.image, options=said.options)
+    return describe(said.start, template=said.template, image=said.image, options=said.options)
 
 
 @dataclass
@@ -187,13 +183,13 @@ def language_for(folder: str, template: str = "") -> Language:
 
     A folder with a Qwen2-VL image processor gets pictures at their own size, and template qwen2-vl if none is named.
     """
-    model = model_folder(folder)
+    model = hub.resolve(folder, "tokenizer")
+    if (model / "config.json").exists() and families_of(read_config(model)):
+        return language_of(describe(model, template=template or None))
     if (native := open_native(model)) is not None:
         return _native_language(model, native, template or "qwen2-vl")
-    if (model / "config.json").exists() and "vision_config" in read_config(model):
-        return language_of(describe(model, template=template or None))
     chosen = chat.template(template or "tokenizer")
-    encoder = open_encoder(folder)
+    encoder = open_encoder(model)
     chat.check_fits(chosen, encoder.tokenizer)
     return Language(chosen, encoder, FixedLayout(), image_token_id=len(encoder.tokenizer))
 

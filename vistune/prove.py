@@ -43,7 +43,7 @@ def prove(recipe: Recipe, packs: int = 8, world: Sequence[int] = (1, 2, 4, 8)) -
     try:
         parallel.allow_tf32(recipe.train.tf32, device)
         loaded = models.load(
-            inputs.model_folder(recipe.model.start),
+            recipe.model.start,
             dtype=torch.float32,
             template=recipe.model.template,
             image=recipe.model.image,

@@ -58,7 +58,7 @@ def test_the_terminal_shows_the_same_text(tmp_path, capsys):
     [
         (["--template", "v2"], "v2"),
         (["--template", "qwen_2"], "needs '<|im_start|>' as one token"),
-        (["--tokenizer", "/nowhere"], "tokenizer /nowhere: no such folder"),
+        (["--tokenizer", "/nowhere"], "tokenizer: /nowhere: no such folder"),
         (["--format", "lava"], "llava_json"),
     ],
 )

@@ -86,8 +86,7 @@ def _refuse_other(recipe: Recipe, saved: Path) -> None:
 
 def load_model(recipe: Recipe) -> models.Loaded:
     said = recipe.model
-    start = inputs.model_folder(said.start)
-    return models.load(start, template=said.template, image=said.image, options=said.options)
+    return models.load(said.start, template=said.template, image=said.image, options=said.options)
 
 
 def show_parts(loaded: models.Loaded, learned: list[Learned]) -> None:

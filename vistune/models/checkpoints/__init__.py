@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from vistune.models import hub
 from vistune.models.folders import Described, read_config
 from vistune.models.weights import Entry
 
@@ -102,7 +103,11 @@ def read(
     image: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint in whatever format it is. ValueError for what is not whole or fits no format."""
-    format, _ = recognise(folder)
-    other = None if base is None else Path(base)
-    return format.read(Path(folder), base=other, template=template, image=image, options=options)
+    """Open a checkpoint in whatever format it is: its folder or file, a finished run's folder, or a hub id.
+
+    ValueError for what is not whole or fits no format.
+    """
+    found = hub.resolve(folder, "model")
+    other = None if base is None else hub.resolve(base, "base")
+    format, _ = recognise(found)
+    return format.read(found, base=other, template=template, image=image, options=options)
