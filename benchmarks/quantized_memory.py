@@ -1,4 +1,4 @@
-"""Bytes of LLaVA-1.5's weights in bf16, 8 and 4 bits: one real block quantised here, scaled by the meta device's counts.
+"""Bytes of LLaVA-1.5 in bf16, 8 and 4 bits: one real block quantised here, scaled by counts of the meta device.
 
 `python benchmarks/quantized_memory.py` writes results/quantized_memory.{json,md}: 13B and 7B, beside the theory.
 """

@@ -1,0 +1,117 @@
+"""Where adapters land, in every family: by full path, in the language model only unless asked; and peft reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.each_family import each_family, folders_in
+from tests.made import made_recipe
+from vistune.models.load import load, save, stored_tensors
+from vistune.recipe import Lora
+from vistune.train import learn
+from vistune.train.merge import merge
+
+IDS = torch.arange(5, 45)[None]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return folders_in(tmp_path_factory.mktemp("families"))
+
+
+def counts(model, family):
+    """Linear layers of each part, the head apart, and adapted layers of each part."""
+    from peft.tuners.lora import LoraLayer
+
+    head, linear, adapted = family.head(model), Counter(), Counter()
+    for part, roots in family.parts(model).items():
+        modules = {id(one): one for root in roots for one in root.modules()}.values()
+        # An adapted layer holds its own linear layer and the two of its adapter.
+        linear[part] = sum(isinstance(one, nn.Linear) and one is not head for one in modules)
+        adapted[part] = sum(isinstance(one, LoraLayer) for one in modules)
+    return linear, adapted
+
+
+def adapt(loaded, parts=("language",), **more):
+    """The model with adapters that do something, as a run would leave it: the connector learned too."""
+    recipe = made_recipe(
+        *("start", loaded.folder / "data.json", "run"),
+        learn=dict.fromkeys(("connector", *parts), 1e-3),
+        lora={"r": 2, "alpha": 4, "parts": list(parts), **more},
+    )
+    learned = learn.apply(loaded.model, loaded.family, recipe)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in learned:
+            one.parameter.add_(torch.randn(one.parameter.shape, generator=generator) * 0.05)
+    return learned
+
+
+@each_family
+def test_the_language_model_alone_unless_asked(folders, name):
+    loaded = load(folders(name))
+    before, _ = counts(loaded.model, loaded.family)
+    learned = adapt(loaded)
+    _, adapted = counts(loaded.model, loaded.family)
+    assert adapted == Counter(language=before["language"]) and before["language"] >= 7
+    language = [one.name for one in learned if one.key == "language"]
+    assert len(language) == 2 * before["language"] and all(".lora_" in n for n in language)
+    connector = {id(p) for root in loaded.family.parts(loaded.model)["connector"] for p in root.parameters()}
+    assert {id(one.parameter) for one in learned if one.key == "connector"} == connector
+    learns = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
+    assert learns == {one.name for one in learned}
+
+
+@each_family
+def test_vision_too_when_it_is_named(folders, name):
+    loaded = load(folders(name))
+    before, _ = counts(loaded.model, loaded.family)
+    adapt(loaded, parts=("language", "vision"))
+    _, adapted = counts(loaded.model, loaded.family)
+    assert before["vision"] >= 1
+    assert adapted == Counter(language=before["language"], vision=before["vision"])
+
+
+@each_family
+def test_targets_are_full_paths(folders, name):
+    """A leaf's name that vision and language share finds the language model's only."""
+    loaded = load(folders(name))
+    lora = Lora(r=2, targets=r"\.0\..*(q_proj|qkv|fc1|up_proj)$")
+    found = learn.lora_targets(loaded.model, loaded.family, lora)
+    inside = [path for path, _ in loaded.model.named_modules()]
+    assert found and set(found) < set(inside)
+    language = {id(one) for root in loaded.family.parts(loaded.model)["language"] for one in root.modules()}
+    assert all(id(loaded.model.get_submodule(path)) in language for path in found)
+    with pytest.raises(ValueError, match="lora.targets = 'nothing_proj': matches no linear layer of language"):
+        learn.lora_targets(loaded.model, loaded.family, Lora(r=2, targets="nothing_proj"))
+
+
+@each_family
+def test_an_adapter_is_read_by_peft_itself_and_merges_to_the_same(folders, name, tmp_path):
+    """Three ways to one model: ours with its adapters, the exported folder's class with peft's, and the merged one."""
+    from peft import PeftModel
+
+    loaded = load(folders(name))
+    save(loaded, tmp_path / "start", card="")
+    adapt(loaded)
+    learn.save_adapter(loaded.model, tmp_path / "adapter", str(tmp_path / "start"))
+    with torch.no_grad():
+        expected = loaded.model(input_ids=IDS).logits
+    merged = load(merge(tmp_path / "adapter", tmp_path / "merged")).model.state_dict()
+    learn.merge_adapters(loaded.model, stored_tensors(loaded))
+    ours = loaded.model.state_dict()
+    assert ours.keys() == merged.keys()
+    assert not [n for n, tensor in ours.items() if not torch.equal(tensor.to(merged[n].dtype), merged[n])]
+
+    opened = load(tmp_path / "start").model
+    assert all(n.startswith("base_model.model.") for n in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    with torch.no_grad():
+        without = opened(input_ids=IDS).logits
+        theirs = PeftModel.from_pretrained(opened, tmp_path / "adapter").eval()(input_ids=IDS).logits
+    torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
+    assert (without - expected).abs().max() > 1e-2
