@@ -16,7 +16,7 @@ from transformers import LlavaNextConfig
 
 from vistune.anyres import AnyresLayout
 from vistune.models import checkpoints, weights
-from vistune.models.assemble import assemble as assemble_plain
+from vistune.models.assemble_llava import assemble_llava
 from vistune.models.families import family
 from vistune.models.families.llava_next import NEWLINE
 from vistune.models.folders import Described, beside, write_described
@@ -42,7 +42,7 @@ def assemble(vision: str | Path, language: str | Path, out: Path | str, **said: 
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parts:
-        assemble_plain(vision, language, Path(parts) / out.name, image="square", **said)
+        assemble_llava(vision, language, Path(parts) / out.name, image="square", **said)
         return cut_into_tiles(Path(parts) / out.name, out, seed=said.get("seed", 0))
 
 

@@ -64,7 +64,7 @@ class Connector(nn.Sequential):
             raise ValueError(
                 f"connector_type 'identity' needs equal widths: vision gives {width}, language takes {text}"
             )
-        modules = []
+        modules: list[nn.Module] = []
         for number in range(layers):
             modules += [nn.GELU()] if number else []
             modules.append(nn.Linear(text if number else width, text))
@@ -111,7 +111,7 @@ class LlavaVariantModel(LlavaModel):
     def __init__(self, config):
         super(LlavaModel, self).__init__(config)  # not LlavaModel's own, which makes another connector
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = Connector(config)
+        self.multi_modal_projector = Connector(config)  # type: ignore[assignment]
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -137,7 +137,8 @@ class LlavaVariantModel(LlavaModel):
 
         seen = at_scales(see, pixel_values, config.s2_scales) if config.s2_scales else see(pixel_values)
         features = self.multi_modal_projector(seen)
-        return BaseModelOutputWithPooling(last_hidden_state=seen, pooler_output=list(features))
+        each = list(features)  # as LlavaModel gives them
+        return BaseModelOutputWithPooling(last_hidden_state=seen, pooler_output=each)  # type: ignore[arg-type]
 
 
 class LlavaVariantForConditionalGeneration(LlavaForConditionalGeneration):

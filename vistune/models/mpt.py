@@ -27,9 +27,16 @@ class _Pack:
 class PackedMptAttention(MptAttention):
     """The stock attention, which inside a pack attends in each sample by itself."""
 
-    def forward(self, hidden_states: Tensor, position_bias: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_bias: Any,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if not isinstance(attention_mask, _Pack):
-            return super().forward(hidden_states, position_bias, attention_mask=attention_mask, **kwargs)
+            return super().forward(hidden_states, position_bias, past_key_values, attention_mask, **kwargs)
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -41,8 +48,8 @@ class PackedMptAttention(MptAttention):
         return self.out_proj(torch.cat(outs).to(mixed.dtype).unsqueeze(0)), None
 
     def _inside(self, mixed: Tensor, length: int, count: int, pack: _Pack) -> Tensor:
-        """`count` samples of `length` tokens: [count * length, 3 * D] -> [count * length, D]. In fp32: the bias of a far
-        key is a number that half precision rounds too much."""
+        """`count` samples of `length` tokens: [count * length, 3 * D] -> [count * length, D]. In fp32: half precision
+        rounds the bias of a far key too much."""
         q, k, v = mixed.float().view(count, length, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         dropout = self.attn_dropout_p if self.training else 0.0
         with torch.autocast(mixed.device.type, enabled=False):
