@@ -71,7 +71,7 @@ def assemble_onevision15(
     out: Path | str,
     *,
     connector: Path | str | None = None,
-    template: str = "qwen2-vl",
+    template: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tie: bool | None = None,
@@ -83,9 +83,10 @@ def assemble_onevision15(
 
     `vision`: the folder of an MLCDVisionModel; `language`: of a Qwen3ForCausalLM, whose tokenizer has the pictures'
     tokens. `connector`: a file with `mm_projector.*` (safetensors or torch), or a OneVision folder; None: fresh, from
-    `seed`. `dtype` None: each part keeps its own, but fp16 becomes fp32, since the tower's activations can leave fp16's
-    range. `tie` None: the head is tied to the embedding as the language model says; the published 4B is untied, though
-    its Qwen3 is tied. Raises ValueError, which names the weight of the source that is at fault; `out` is untouched.
+    `seed`. `template` None: the family's. `dtype` None: each part keeps its own, but fp16 becomes fp32, since the
+    tower's activations can leave fp16's range. `tie` None: the head is tied to the embedding as the language model
+    says; the published 4B is untied, though its Qwen3 is tied. Raises ValueError, which names the weight of the source
+    that is at fault; `out` is untouched.
     """
     vision, language, out = Path(vision), Path(language), Path(out)
     tensors = {**read_vision(vision, dtype), **_read_language(language, dtype, tie)}
@@ -249,14 +250,15 @@ def _language_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _describe(vision: Path, language: Path, out: Path, template: str, tied: bool) -> Described:
+def _describe(vision: Path, language: Path, out: Path, template: str | None, tied: bool) -> Described:
     """What the folder says; its layout is the family's default."""
     onevision, tower, text = family("onevision15"), _vision_config(vision), _language_config(language)
     make: Any = onevision.config_class
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
     ids = _token_ids(tokenizer, language, text["vocab_size"])
-    chat.check_fits(chat.template(template), tokenizer)
+    name = template or onevision.template
+    chat.check_fits(chat.template(name), tokenizer)
     config = make(
         text_config={key: value for key, value in text.items() if key not in _NOT_OURS} | {"tie_word_embeddings": tied},
         vision_config={
@@ -280,7 +282,7 @@ def _describe(vision: Path, language: Path, out: Path, template: str, tied: bool
         config=config,
         generation=read_generation(language, config),
         tokenizer=tokenizer,
-        template_name=template,
+        template_name=name,
         layout=NativeLayout(),
         image_token_id=ids["<|image_pad|>"],
     )

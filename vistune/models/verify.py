@@ -105,7 +105,8 @@ def _compare_weights(part: str, source: Any, ours: nn.Module, rows: int | None) 
     if missing := wanted.keys() ^ held.keys():
         wrong = f"{min(missing)} is on one side only; likely cause: the source is not the one it was assembled from"
     for name in (name for name in wanted if name in held):
-        one, other = wanted[name], held[name]
+        one: Tensor = wanted[name]
+        other: Tensor = held[name]
         if one is embedding:
             one, other = one[:rows], other[:rows]
         if not torch.equal(one, other):
