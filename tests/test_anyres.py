@@ -136,3 +136,22 @@ def test_from_processor() -> None:
 def test_pinpoints_that_are_no_whole_tiles_are_refused(points: tuple) -> None:
     with pytest.raises(ValueError, match="image_grid_pinpoints"):
         AnyresLayout(size=56, pinpoints=points)
+
+
+@pytest.mark.parametrize("size", [(97, 140), (200, 60), (50, 50), (112, 112), (300, 90)])
+def test_cuts_lie_where_tiles_meet(size: tuple[int, int]) -> None:
+    """A picture that grows red to the right and green downwards says itself where its tiles end."""
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    high, wide = (side // SMALL.size for side in SMALL.canvas(width, height))
+    tiles = SMALL.prepare(PIL.Image.fromarray(pixels))[1:].reshape(high, wide, 3, 56, 56)
+    across, down = SMALL.cuts(width, height)
+    assert (len(across), len(down)) == (wide - 1, high - 1)
+    for i, share in enumerate(across):
+        ends, begins = tiles[:, i, 0, :, -1].max(), tiles[:, i + 1, 0, :, 0].max()
+        assert ends / 255 == pytest.approx(share, abs=0.03) == begins / 255
+    for i, share in enumerate(down):
+        ends, begins = tiles[i, :, 1, -1].max(), tiles[i + 1, :, 1, 0].max()
+        assert ends / 255 == pytest.approx(share, abs=0.03) == begins / 255

@@ -112,6 +112,15 @@ class AnyresLayout:
         tiles, _, _ = self.grid(width, height)
         return np.ascontiguousarray(np.broadcast_to(colour[None, :, None, None], (tiles, 3, self.size, self.size)))
 
+    def cuts(self, width: int, height: int) -> tuple[list[float], list[float]]:
+        """Where one tile of an image of that size ends and the next begins: from its left and from its top, as shares
+        of its width and height."""
+        high, wide = self.canvas(width, height)
+        scale = min(wide / width, high / height)
+        across = [(at - (wide - width * scale) / 2) / (width * scale) for at in range(self.size, wide, self.size)]
+        down = [(at - (high - height * scale) / 2) / (height * scale) for at in range(self.size, high, self.size)]
+        return [share for share in across if 0 < share < 1], [share for share in down if 0 < share < 1]
+
     def _fitted(self, image: PIL.Image.Image, canvas: Size) -> PIL.Image.Image:
         """The image as large as it can be in the middle of the black canvas."""
         high, wide = canvas

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from conftest import make_language, turns
 
+from vistune.anyres import AnyresLayout, standard_pinpoints
 from vistune.data.checking.check import check
 from vistune.data.checking.page import show_page
 from vistune.data.formats import open_source
@@ -191,3 +193,15 @@ def test_an_error_leaves_the_old_page(write_rows, tmp_path, language):
     with pytest.raises(IndexError):
         show_page([source], language, 100, tmp_path / "a.html", wanted=[(0, 99)])
     assert (tmp_path / "a.html").read_text() == "old" and json.loads((tmp_path / "rows.json").read_text())
+
+
+def test_a_picture_in_tiles_says_so(write_rows, pictures, tmp_path):
+    """Its size, its tiles and its tokens stand under it; the page's other pictures say nothing."""
+    plain = make_language()
+    tiles = replace(plain, layout=AnyresLayout(size=56, pinpoints=standard_pinpoints(56)))
+    rows = [{"id": "a", "image": "a.png", "conversations": turns("<image>\nWhat?", "A cup.")}]
+    source = open_source(str(write_rows(rows)), images=str(pictures))
+    for language, said in ((plain, False), (tiles, True)):
+        show_page([source], language, 300, tmp_path / "show.html")
+        text = (tmp_path / "show.html").read_text()
+        assert ("pixels: whole, and in" in text) == said

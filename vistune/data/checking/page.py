@@ -6,6 +6,7 @@ Every text of the data is escaped by the templates in `pages/`.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 from collections import Counter
@@ -16,15 +17,17 @@ from typing import Any
 
 import jinja2
 import PIL.Image
+import PIL.ImageDraw
 import PIL.ImageFile
 
+from vistune.anyres import AnyresLayout
 from vistune.data.checking import guarded, pictures
 from vistune.data.checking.findings import Finding, Report
 from vistune.data.checking.show import packs_in_order, rows_in_order, view
 from vistune.data.formats import Reader
 from vistune.data.plan import Plan
 from vistune.data.tokenize import Language
-from vistune.images import ImageError, open_image
+from vistune.images import ImageError, Layout, open_image
 from vistune.samples import Image, Sample, SampleError
 
 PER_SOURCE, PER_CODE = 6, 30  # examples on a check's page
@@ -75,7 +78,7 @@ def show_page(
         title=title or ", ".join(reader.name for reader in readers),
         length=length,
         packs=[(pack, [view(readers, *place, language, length) for place in pack.shown]) for pack in packs],
-        picture=_figure,
+        picture=functools.partial(_figure, language.layout),
         planned=plan is not None,
     )
 
@@ -94,17 +97,50 @@ def picture_uri(image: Image, side: int = _PICTURE) -> str:
     """The picture as a data URI, at most `side` pixels long. Raises ImageError."""
     picture = open_image(image)
     picture.thumbnail((side, side))
+    return _data_uri(picture)
+
+
+def _data_uri(picture: PIL.Image.Image) -> str:
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _figure(image: Image) -> tuple[str, str]:
-    """The picture for a page as a data URI, or else why it cannot be opened."""
+def _figure(layout: Layout, image: Image) -> tuple[str, str, str]:
+    """The picture for a page as a data URI, or else why it cannot be opened; and how `layout` lays it out, in words.
+
+    Where it is cut into tiles is drawn on it.
+    """
     try:
-        return picture_uri(image), ""
+        picture = open_image(image)
+        size = picture.size
+        picture.thumbnail((_PICTURE, _PICTURE))
+        if isinstance(layout, AnyresLayout):
+            _draw_cuts(picture, *layout.cuts(*size))
+        return _data_uri(picture), "", _laid_out(layout, *size)
     except ImageError as error:
-        return "", str(error)
+        return "", str(error), ""
+
+
+def _draw_cuts(picture: PIL.Image.Image, across: Sequence[float], down: Sequence[float]) -> None:
+    """Thin lines, dark and light side by side so that they show on any picture."""
+    pen = PIL.ImageDraw.Draw(picture)
+    for offset, colour in ((0, "black"), (1, "white")):
+        for share in across:
+            pen.line([(share * picture.width + offset, 0), (share * picture.width + offset, picture.height)], colour)
+        for share in down:
+            pen.line([(0, share * picture.height + offset), (picture.width, share * picture.height + offset)], colour)
+
+
+def _laid_out(layout: Layout, width: int, height: int) -> str:
+    """How a picture of that size is laid out, where not all are laid out alike."""
+    if (grid := layout.grid(width, height)) is None:
+        return ""
+    said = f"{grid[2]} x {grid[1]} patches"
+    if isinstance(layout, AnyresLayout):
+        high, wide = layout.canvas(width, height)
+        said = f"whole, and in {wide // layout.size} x {high // layout.size} tiles"
+    return f"{width} x {height} pixels: {said}, {layout.tokens(width, height):,} tokens"
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
