@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from vistune import chat, console, images, ranks
 from vistune.models.load import Loaded, load
+from vistune.models.quantize import load_quantized
 from vistune.samples import IMAGE_ID, IMAGE_MARK, Image, Message
 
 Question = tuple[str, Sequence[Image]]
@@ -248,12 +249,25 @@ def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Itera
         yield whole[len(said) :]
 
 
-def converse(model: Path, pictures: list[Path], ask: str, settings: Settings, device: str = "auto") -> None:
-    """The terminal: one question with `ask`, else a conversation. Raises ValueError."""
+def open_model(model: str | Path, device: str = "auto", quantize: str = "") -> Loaded:
+    """What is to be asked, on its device: in bf16, on a CPU in fp32; or with its language model in "8bit" or "4bit".
+
+    `model`: a folder or checkpoint in any format, a run, a hub id. Raises ValueError.
+    """
     place = ranks.start(device)
-    folder = model / "model" if (model / "model" / "config.json").exists() else model
-    loaded = load(folder, dtype=torch.float32 if place.type == "cpu" else torch.bfloat16)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    if quantize:
+        return load_quantized(model, quantize, dtype=dtype, device=place)
+    loaded = load(model, dtype=dtype)
     loaded.model.to(place)  # type: ignore[arg-type]
+    return loaded
+
+
+def converse(
+    model: str | Path, pictures: list[Path], ask: str, settings: Settings, device: str = "auto", quantize: str = ""
+) -> None:
+    """The terminal: one question with `ask`, else a conversation. Raises ValueError."""
+    loaded = open_model(model, device, quantize)
     talk = Terminal(Chat(loaded), settings, [Image(path=str(path)) for path in pictures])
     if ask:
         talk.answer(ask)

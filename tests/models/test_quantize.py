@@ -67,6 +67,14 @@ def test_every_family_answers_on_the_cpu(folders, name, kind, tmp_path):
         assert quantize.footprint(loaded.model, loaded.family) == before  # scales that move are not counted twice
 
 
+@each_kind
+def test_the_terminal_asks_a_quantised_model(start, kind, capsys):
+    generate.converse(start, [], "what?", generate.Settings(max_new_tokens=2), "cpu", kind)
+    assert f"loaded in {kind}: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there are 8bit and 4bit"):
+        generate.converse(start, [], "what?", generate.Settings(), "cpu", "int4")
+
+
 @pytest.mark.parametrize(("kind", "double", "most"), [("8bit", False, 0.05), ("4bit", False, 0.4), ("4bit", True, 0.4)])
 def test_logits_stay_near_those_of_the_unquantised_model(start, kind, double, most):
     """Relative error of the logits; NF4 on random weights is no measure of quality, only of being wired right."""

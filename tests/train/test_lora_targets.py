@@ -87,7 +87,7 @@ def test_targets_are_full_paths(folders, name):
     assert found and set(found) < set(inside)
     language = {id(one) for root in loaded.family.parts(loaded.model)["language"] for one in root.modules()}
     assert all(id(loaded.model.get_submodule(path)) in language for path in found)
-    with pytest.raises(ValueError, match="lora.targets = 'nothing_proj': matches no linear layer of language"):
+    with pytest.raises(ValueError, match=r"lora\.targets = 'nothing_proj': matches no linear layer of language"):
         learn.lora_targets(loaded.model, loaded.family, Lora(r=2, targets="nothing_proj"))
 
 

@@ -102,13 +102,13 @@ def resolve(part: str | Path, what: str) -> Path:
         return path / "model" if run else path
     if not _ID.fullmatch(name):
         raise ValueError(f"{what}: {name}: no such folder")
-    if cached := _cached(name):
-        return cached
+    if (found := cached(name)) is not None:
+        return found
     _, sizes = _ask(name, None, f"{what}: {name!r} is neither a folder nor whole in the local cache, and")
     with _told(name, "Whole files are kept in the cache; try again"):
         for file in sizes:
             hf_hub_download(name, file, endpoint=_endpoint())
-    found = _cached(name)
+    found = cached(name)
     if found is None:
         raise ValueError(f"{what}: {name} holds no weights in a format that is read here: {', '.join(sizes)}")
     return found
@@ -236,7 +236,7 @@ def _wrong(folder: Path, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
     return found
 
 
-def _cached(name: str) -> Path | None:
+def cached(name: str) -> Path | None:
     """A repository's snapshot in the local cache, if its weights are there: asking for a config makes one too."""
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
