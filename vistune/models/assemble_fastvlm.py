@@ -18,7 +18,7 @@ from vistune.models import clip, connectors, weights
 from vistune.models.checkpoints import fastvlm as original
 from vistune.models.checkpoints import fastvlm_names, llava_parts
 from vistune.models.families import family
-from vistune.models.fastvithd import Sizes, Tower
+from vistune.models.fastvithd import ARCHITECTURE, Sizes, Tower
 from vistune.models.folders import beside, quiet, read_config, write_described
 from vistune.models.load import COMPUTED, Loaded, commonest_type, load
 from vistune.models.parts import resolve
@@ -92,20 +92,32 @@ def assemble(
     return load(out, dtype="auto")
 
 
-def read_tower(source: Path) -> tuple[Sizes, dict[str, Entry]]:
-    """Sizes and tensors, by timm's names, of the FastViTHD in a folder or file. ValueError when there is none, or one
-    that is not whole or not folded."""
-    found = weights.found(source) if source.is_dir() else weights.of_file(source)
+def _entries(source: Path) -> dict[str, Entry]:
+    return weights.found(source) if source.is_dir() else weights.of_file(source)
+
+
+def _inside(found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tower's tensors among others, without what stands before their names; nothing when there is no tower."""
     for prefix in _PREFIXES:
         inside = {name.removeprefix(prefix): entry for name, entry in found.items() if name.startswith(prefix)}
         if any(name.startswith(("stem.0.", "patch_embed.0.")) for name in inside):
-            fastvlm_names.refuse_branches(inside, str(source))
-            named = _timm_names(inside)
-            return fastvlm_names.sizes(named, str(source)), named
-    raise ValueError(
-        f"vision: {source}: holds no FastViTHD, but {', '.join(sorted(found)[:5]) or 'nothing'}; give a FastVLM folder "
-        "or checkpoint, or timm's fastvit_mci3"
-    )
+            return inside
+    return {}
+
+
+def read_tower(source: Path) -> tuple[Sizes, dict[str, Entry]]:
+    """Sizes and tensors, by timm's names, of the FastViTHD in a folder or file. ValueError when there is none, or one
+    that is not whole or not folded."""
+    found = _entries(source)
+    inside = _inside(found)
+    if not inside:
+        raise ValueError(
+            f"vision: {source}: holds no FastViTHD, but {', '.join(sorted(found)[:5]) or 'nothing'}; give a FastVLM "
+            f"folder or checkpoint, or timm's {ARCHITECTURE}"
+        )
+    fastvlm_names.refuse_branches(inside, str(source))
+    named = _timm_names(inside)
+    return fastvlm_names.sizes(named, str(source)), named
 
 
 def _timm_names(tensors: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vistune.models.fastvithd import Sizes
+from vistune.models.fastvithd import ARCHITECTURE, Sizes
 
 APPLE, TIMM = "model.vision_tower.vision_tower.model.", "model.vision_tower.timm_model."
 """What stands before a tower's names in Apple's checkpoint, and in a model folder."""
@@ -99,7 +99,7 @@ def vision_config(sizes: Sizes) -> dict[str, Any]:
     unusual = {"layers": list(sizes.depths), "embed_dims": list(sizes.widths)} if sizes != Sizes() else {}
     return {
         "model_type": "timm_wrapper",
-        "architecture": "fastvit_mci3",
+        "architecture": ARCHITECTURE,
         "do_pooling": True,
         "global_pool": "avg",
         "hidden_size": sizes.features,
