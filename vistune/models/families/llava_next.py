@@ -127,7 +127,7 @@ class LlavaNext(Llava):
             assert grids is not None and int(grids[:, 0].sum()) == len(pixels), "tiles of other images than the grids'"
             tiles = inner.multi_modal_projector(clip.see(inner.vision_tower, pixels, inner.config))
             table = torch.cat([tiles.flatten(0, 1), inner.image_newline[None].to(tiles.dtype)])
-            embeds = lm.splice(embeds, where, table.index_select(0, rows.to(ids.device, non_blocking=True)))
+            embeds = lm.splice(embeds, where, table.index_select(0, _moved(rows, ids.device)))
         return self.read(inner.language_model, embeds, positions, lengths)
 
     def stored_name(self, name: str) -> str:
@@ -165,6 +165,11 @@ def feature_rows(grids: Tensor, config: Any) -> Tensor:
         found.append(np.where(one < 0, end, one + first))
         first += tiles * each
     return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
+
+
+def _moved(rows: Tensor, device: torch.device) -> Tensor:
+    """The host does not wait for an accelerator."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 @functools.lru_cache(maxsize=4096)
