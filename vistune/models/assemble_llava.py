@@ -20,7 +20,7 @@ from vistune.models import clip, connectors, parts, weights
 from vistune.models.families import Family, family
 from vistune.models.folders import savable
 from vistune.models.load import Loaded, save
-from vistune.models.modeling_llava_variant import Connector, leading_tokens
+from vistune.models.modeling_llava_variant import Connector, depth, leading_tokens
 from vistune.models.parts import read_language, read_vision, resolve
 from vistune.samples import IMAGE_MARK
 
@@ -56,9 +56,9 @@ def assemble_llava(
     language_model, tokenizer = read_language(resolve(language, "language"), dtype or "auto")
     _check_template(template, tokenizer, start_end)
     _set_tie(language_model, tie)
-    image_token = _add_image_token(tokenizer)
+    known, image_token = len(tokenizer), _add_image_token(tokenizer)
     ends = _add_tokens(tokenizer, [chat.IMAGE_START, chat.IMAGE_END]) if start_end else []
-    grow_vocabulary(language_model, len(tokenizer), fresh=ends)
+    grow_vocabulary(language_model, len(tokenizer), fresh=ends, known=known)
 
     scales = _scales(s2_scales, vision_model.config, select)
     chosen = family(_family(vision_model, language_model, kind, scales, select))
@@ -103,6 +103,7 @@ def _config(chosen: Family, vision: Any, language: Any, ours: dict[str, Any], se
 
 def _connector_type(asked: str, given: dict[str, Any] | None, where: str) -> str:
     """The type of the connector to make: of the one that is given, or the one that is asked for."""
+    depth(asked)  # a word that is no type is refused before anything is read
     if given is None:
         return asked
     found = connectors.kind(given, where)
@@ -143,28 +144,28 @@ def _set_tie(model: Any, tie: bool | None) -> None:
     model.config.tie_word_embeddings = tie
 
 
-def grow_vocabulary(model: Any, tokens: int, fresh: Sequence[int] = ()) -> None:
+def grow_vocabulary(model: Any, tokens: int, *, fresh: Sequence[int] = (), known: int | None = None) -> None:
     """Room for `tokens` ids, padded to a multiple of 64. New rows of embedding and head are the old ones' mean.
 
-    So are the rows of the ids `fresh`, if the model has more rows than its tokenizer has tokens.
+    So are those of the ids `fresh`, also where the model had a row for them; the old ones are then the first `known`.
     """
     embedding, head = model.get_input_embeddings(), model.lm_head
     old = embedding.weight
     rows = -(-max(tokens, len(old)) // VOCABULARY_STEP) * VOCABULARY_STEP
     tied = head.weight is old
-    embedding.weight = _grown(old, rows, fresh)
+    embedding.weight = _grown(old, rows, fresh, known)
     embedding.num_embeddings = rows
-    head.weight = embedding.weight if tied else _grown(head.weight, rows, fresh)
+    head.weight = embedding.weight if tied else _grown(head.weight, rows, fresh, known)
     if head.bias is not None:
-        head.bias = _grown(head.bias, rows, fresh)
+        head.bias = _grown(head.bias, rows, fresh, known)
     head.out_features = rows
     model.config.vocab_size = parts.inside(model).config.vocab_size = rows
 
 
-def _grown(weight: nn.Parameter, rows: int, fresh: Sequence[int]) -> nn.Parameter:
+def _grown(weight: nn.Parameter, rows: int, fresh: Sequence[int], known: int | None) -> nn.Parameter:
     if rows == len(weight) and not fresh:
         return weight
-    old = weight.detach()[: min(fresh, default=len(weight))]
+    old = weight.detach()[: known if fresh else None]
     mean = old.double().mean(0, keepdim=True).to(weight.dtype)
     grown = torch.cat([weight.detach(), mean.expand(rows - len(weight), *mean.shape[1:])])
     grown[list(fresh)] = mean
