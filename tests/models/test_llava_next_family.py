@@ -211,6 +211,8 @@ def test_what_a_folder_says_must_agree(tmp_path):
         NEXT.layout(config, stock, None, {})
     chosen = {"pinpoints": [[56, 56], [168, 168]]}
     NEXT.configure(config, chosen)
+    tower = transformers.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=edge)
+    assert NEXT.layout(config, tower, None, {}).pinpoints == ((56, 56), (168, 168))  # config.json's
     assert NEXT.layout(config, stock, None, chosen).pinpoints == ((56, 56), (168, 168))
     with pytest.raises(ValueError, match="whole tiles of 56"):
         NEXT.configure(config, {"pinpoints": [[336, 672], [60, 60]]})

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from vistune.anyres import AnyresLayout, check_pinpoints
-from vistune.images import Layout
+from vistune.images import Layout, settings
 from vistune.models import clip
 from vistune.models import language as lm
 from vistune.models.families.llava import Llava
@@ -62,7 +62,9 @@ class LlavaNext(Llava):
     def layout(self, config: Any, processor: Any, image: str | None, options: Mapping[str, Any]) -> AnyresLayout:
         if image not in (None, "anyres"):
             raise ValueError(f'image: {image!r}; a llava_next model takes pictures in tiles, say "anyres" or nothing')
-        points, vision = options.get("pinpoints"), config.vision_config
+        vision = config.vision_config
+        points = options.get("pinpoints") or settings(processor).get("image_grid_pinpoints")
+        points = points or config.image_grid_pinpoints  # a tower's own processor knows none
         found = AnyresLayout.from_processor(processor, patch=vision.patch_size, pinpoints=points)
         if found.size != vision.image_size:
             raise ValueError(
