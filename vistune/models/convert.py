@@ -66,8 +66,7 @@ def convert(
     began, out = time.perf_counter(), Path(out)
     writer = _writer(to, settings or {})
     given = None if base is None else hub.resolve(base, "base")
-    found, folder, source_base = _read(Path(source), to, given, said)
-    _refuse_itself(folder, out)
+    found, folder, source_base = _read(Path(source), out, to, given, said)
     console.say(f"{folder}: {found.format} ({found.why}); {found.said.family.name}, {_size(found)}")
     check(found, f"{folder} ({found.format}: {found.why})")
     with beside(out) as new:
@@ -76,6 +75,8 @@ def convert(
         report = None
         if verify:
             bases = source_base, _base_of_target(to, given, folder, source_base)
+            if to in HALVES:  # which say nothing of a template
+                said["template"] = found.said.template_name
             report = compare(folder, new, tolerance=tolerance, bases=bases, **said)
             report.source, report.target = str(folder), str(out)
             report.show()
@@ -108,11 +109,14 @@ def _writer(to: str, settings: Mapping[str, Any]) -> checkpoints.Format:
     return replace(found, **settings) if settings else found
 
 
-def _read(source: Path, to: str, base: Path | None, said: Mapping[str, Any]) -> tuple[Checkpoint, Path, Path | None]:
+def _read(
+    source: Path, out: Path, to: str, base: Path | None, said: Mapping[str, Any]
+) -> tuple[Checkpoint, Path, Path | None]:
     """The checkpoint, the folder that can be opened as the same model, and the base that this takes."""
     if to == llava_lora.FORMAT.name and llava_lora.is_run(source):
-        return llava_lora.of_run(source, **_whole(said)), source / "model", None
+        return llava_lora.of_run(source, base, **_whole(said)), source / "model", None
     folder = hub.resolve(source, "convert")
+    _refuse_itself(folder, out)
     format, _ = checkpoints.recognise(folder)
     # The base is the target's when the source is a whole model.
     needed = base if format.name in HALVES or to not in HALVES else None

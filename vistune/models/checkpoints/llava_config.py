@@ -45,8 +45,9 @@ def recognise(config: Mapping[str, Any]) -> str:
 def language_kind(raw: Mapping[str, Any]) -> str:
     """The model_type of the language model inside. ValueError for one that is unknown."""
     said = " ".join([str(raw.get("model_type", "")), *(raw.get("architectures") or [])]).lower()
-    for kind, mark in (("mpt", "mpt"), ("mistral", "mistral"), ("qwen2", "qwen"), ("llama", "lla[mv]a")):
-        if re.search(mark, said):
+    rest = said.replace("llava", "").strip()
+    for kind, mark in (("mpt", "mpt"), ("mistral", "mistral"), ("qwen2", "qwen(?!3)"), ("llama", "llama|^$")):
+        if re.search(mark, rest):
             return kind
     raise ValueError(f"config.json: model_type {raw.get('model_type')!r}; known are {', '.join(CLASSES)} inside LLaVA")
 
@@ -106,6 +107,11 @@ def text_config(raw: Mapping[str, Any]) -> PretrainedConfig:
     """The language model's own part of config.json."""
     kept = {key: value for key, value in raw.items() if not _OURS.match(key) and key not in _NOT_THE_LANGUAGES}
     return CONFIG_MAPPING[language_kind(raw)](**kept)
+
+
+def text_rows(config: Mapping[str, Any]) -> int:
+    """Rows of the vocabulary that a config.json says, of a language model or of a model around one."""
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def _strategy(raw: Mapping[str, Any], vision: PretrainedConfig, family: Family) -> str:

@@ -107,13 +107,15 @@ def is_run(folder: Path) -> bool:
     return (folder / "adapter" / llava.ADAPTER).is_file() and (folder / "model" / "config.json").is_file()
 
 
-def of_run(run: Path, **said: Any) -> Checkpoint:
-    """A run's model with its adapter as the pair that this format writes."""
+def of_run(run: Path, base: Path | None, **said: Any) -> Checkpoint:
+    """A run's model with its adapter as the pair that this format writes. `base`: the language model that the pair will
+    be laid on, whose rows config.json then says; None: those before the image's token was added."""
     found = hf.FORMAT.read(run / "model", base=None, **said)
     llava_config.refuse_what_does_not_fit(found.said.config, found.said.family)
     learned = merge.read_adapter(run / "adapter")
-    made = llava.config_of(found, {})
+    made = llava.config_of(found, llava.origin_of(found))
     config = {key: value for key, value in made.items() if key != "vistune"}
+    config |= {"vocab_size": _rows(found, base), "tune_mm_mlp_adapter": False}
     names = {"connector": config["mm_projector_type"]}
     pair = {
         f"{_PREFIX}{llava_names.original(f'{path}.weight', **names).removesuffix('.weight')}.{_leaf(kind)}": entry
@@ -137,6 +139,16 @@ def of_run(run: Path, **said: Any) -> Checkpoint:
         }
     }
     return found
+
+
+def _rows(found: Checkpoint, base: Path | None) -> int:
+    """Of the vocabulary that the pair's base has."""
+    if base is not None:
+        return llava_config.text_rows(read_config(base))
+    token, rows = found.said.image_token_id, found.said.config.text_config.vocab_size
+    came = llava.origin_of(found).get("rows")
+    # The image's token is the last one; a vocabulary that just holds it was grown for it.
+    return came or (token if rows == -(-(token + 1) // llava.llava_parts.STEP) * llava.llava_parts.STEP else rows)
 
 
 def _leaf(kind: str) -> str:
