@@ -113,7 +113,9 @@ def test_a_trained_connector_is_taken_along(parts, tmp_path):
     assert describe(tmp_path / "cut").layout.pinpoints == ((56, 112), (112, 56))
     assert describe(tmp_path / "cut").template_name == "plain" and describe(tmp_path / "next").template_name == "v1"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["cut", "first", "next"]
-    with pytest.raises(ValueError, match="is a llava_next model"):
+    with pytest.raises(ValueError, match="what these parts make: a llava_variant model"):
+        assemble(parts / "clip", parts / "llama", tmp_path / "odd", connector_type="linear")
+    with pytest.raises(ValueError, match="cut: a llava_next model"):
         cut_into_tiles(tmp_path / "cut", tmp_path / "twice")
     with pytest.raises(ValueError, match="whole tiles of 56"):
         cut_into_tiles(tmp_path / "first", tmp_path / "odd", pinpoints=[[336, 1000]])

@@ -17,6 +17,7 @@ from transformers import LlavaNextConfig
 from vistune.anyres import AnyresLayout
 from vistune.models import checkpoints, weights
 from vistune.models.assemble_llava import assemble_llava
+from vistune.models.checkpoints import Checkpoint
 from vistune.models.families import family
 from vistune.models.families.llava_next import NEWLINE
 from vistune.models.folders import Described, beside, write_described
@@ -43,7 +44,7 @@ def assemble(vision: str | Path, language: str | Path, out: Path | str, **said: 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parts:
         assemble_llava(vision, language, Path(parts) / out.name, image="square", **said)
-        return cut_into_tiles(Path(parts) / out.name, out, seed=said.get("seed", 0))
+        return _cut(checkpoints.read(Path(parts) / out.name), "what these parts make", out, None, said.get("seed", 0))
 
 
 def cut_into_tiles(
@@ -54,17 +55,18 @@ def cut_into_tiles(
     `pinpoints` are [height, width] of whole tiles, LLaVA-1.6's where there are none. The end of line is drawn from
     `seed` as the original draws it: normal, of unit length in all. Raises ValueError for another kind of model.
     """
-    found = checkpoints.read(source)
-    if found.said.family.name != "llava":
-        raise ValueError(
-            f"{source}: is a {found.said.family.name} model; one of LLaVA-1.5's kind can be cut into tiles"
-        )
-    said = _described(found.said, Path(out), pinpoints)
+    return _cut(checkpoints.read(source), str(source), Path(out), pinpoints, seed)
+
+
+def _cut(found: Checkpoint, what: str, out: Path, pinpoints: Sequence[Sequence[int]] | None, seed: int) -> Described:
+    if (kind := found.said.family.name) != "llava":
+        raise ValueError(f"{what}: a {kind} model; pictures of one that is LLaVA-1.5's class can be cut into tiles")
+    said = _described(found.said, out, pinpoints)
     width = said.config.text_config.hidden_size
     drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
     like = next(entry for name, entry in found.tensors.items() if "multi_modal_projector" in name)
     tensors = {NEWLINE: weights.held(drawn).cast(like.dtype)} | found.tensors
-    with beside(Path(out)) as new:
+    with beside(out) as new:
         weights.write(new, tensors)
         write_described(said, new, _card(found.said), commonest_type(tensors))
     return said
