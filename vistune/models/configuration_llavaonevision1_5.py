@@ -59,8 +59,36 @@ class RiceConfig(PretrainedConfig):
         self.legacy_images = legacy_images
 
 
+QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 36,
+    "layer_types": None,
+    "image_token_id": None,
+    "video_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""The published fields and their defaults: Qwen3-4B-Instruct-2507."""
+
+
 class LLaVAOneVision1_5_TextConfig(PretrainedConfig):
-    """A Qwen3 language model by its published fields. Defaults: Qwen3-4B-Instruct-2507."""
+    """A Qwen3 language model by its published fields (`QWEN3_4B`) and `rope_theta`, `rope_scaling`."""
 
     model_type = "LLaVAOneVision1_5_text"
     base_config_key = "text_config"
@@ -68,65 +96,28 @@ class LLaVAOneVision1_5_TextConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 151936,
-        hidden_size: int = 2560,
-        intermediate_size: int = 9728,
-        num_hidden_layers: int = 36,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = 8,
-        head_dim: int = 128,
-        hidden_act: str = "silu",
-        max_position_embeddings: int = 262144,
-        initializer_range: float = 0.02,
-        rms_norm_eps: float = 1e-6,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = False,
         rope_theta: float | None = None,
         rope_scaling: dict[str, Any] | None = None,
         rope_parameters: dict[str, Any] | None = None,
-        attention_bias: bool = False,
-        attention_dropout: float = 0.0,
-        use_sliding_window: bool = False,
-        sliding_window: int | None = None,
-        max_window_layers: int = 36,
-        layer_types: list[str] | None = None,
-        image_token_id: int | None = None,
-        video_token_id: int | None = None,
+        tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
+        said = {name: kwargs.pop(name, default) for name, default in QWEN3_4B.items()}
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
+        self.tie_word_embeddings = tie_word_embeddings
         self.rope_theta, scaling = _rope(rope_theta, rope_scaling, rope_parameters)
         # Newer releases read the last of these, older ones the two published fields; they say the same.
         if not hasattr(PretrainedConfig, "rope_scaling"):
             self.rope_scaling = scaling
         self.rope_parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": self.rope_theta}
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = head_dim
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        self.rms_norm_eps = rms_norm_eps
-        self.use_cache = use_cache
-        self.attention_bias = attention_bias
-        self.attention_dropout = attention_dropout
-        self.use_sliding_window = use_sliding_window
-        self.sliding_window = sliding_window if use_sliding_window else None
-        self.max_window_layers = max_window_layers
-        windowed = self.sliding_window is not None
-        self.layer_types = layer_types or [
-            "sliding_attention" if windowed and i >= max_window_layers else "full_attention"
-            for i in range(num_hidden_layers)
+        said["num_key_value_heads"] = said["num_key_value_heads"] or said["num_attention_heads"]
+        said["sliding_window"] = said["sliding_window"] if said["use_sliding_window"] else None
+        first = said["num_hidden_layers"] if said["sliding_window"] is None else said["max_window_layers"]
+        said["layer_types"] = said["layer_types"] or [
+            "sliding_attention" if i >= first else "full_attention" for i in range(said["num_hidden_layers"])
         ]
-        self.image_token_id = image_token_id
-        self.video_token_id = video_token_id
-        ids = {name: kwargs.pop(name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = ids.values()
-        self.tie_word_embeddings = tie_word_embeddings
+        for name, value in said.items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """As published: `rope_theta` and `rope_scaling`, which every release reads."""
