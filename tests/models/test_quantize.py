@@ -86,6 +86,18 @@ def test_logits_stay_near_those_of_the_unquantised_model(start, kind, double, mo
     assert 0 < (right - ours).norm() / right.norm() < most
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_piece_by_piece_gives_the_bits_of_bitsandbytes(monkeypatch, double):
+    monkeypatch.setattr(quantize, "PIECE", 1024)
+    weight = torch.randn(100, 96)
+    theirs = bnb.nn.Params4bit(weight.clone(), compress_statistics=double, quant_type="nf4", requires_grad=False)
+    theirs = theirs.to("cpu")
+    ours = quantize.quantized(nn.Linear(96, 100), weight, "4bit", "cpu", double).weight
+    assert torch.equal(ours.data, theirs.data)
+    held, own = ours.quant_state.as_dict(packed=True), theirs.quant_state.as_dict(packed=True)
+    assert held.keys() == own.keys() and all(torch.equal(held[name], own[name]) for name in own)
+
+
 @each_kind
 def test_footprint_is_the_bytes_that_are_held(start, kind, capsys):
     plain, loaded = load(start), quantize.load_quantized(start, kind, dtype=torch.float32)

@@ -19,6 +19,8 @@ from vistune.models.families import Family
 from vistune.models.load import Loaded, as_read, load
 
 KINDS = ("8bit", "4bit")
+BLOCK, PIECE = 64, 1 << 22
+"""Values of NF4 that share a scale (arXiv 2305.14314, section 3), and those that are quantised at once."""
 OUTLIER = 6.0
 """Activations above this are multiplied unquantised in 8 bits (LLM.int8(), arXiv 2208.07339, section 3.2)."""
 
@@ -77,7 +79,7 @@ class Quantizer:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"quantize: {self.kind!r}; there are {' and '.join(KINDS)}")
-        layers()
+        library()
 
     def __call__(self, family: Family, model: nn.Module, name: str, value: Tensor) -> None:
         self.paths = self.paths or set(linear_paths(model, family))
@@ -92,31 +94,50 @@ class Quantizer:
         self.after += sum(tensor.nbytes for tensor in unwrapped(made.weight))
 
 
-def layers() -> Any:
-    """bitsandbytes' layers. ValueError, with what to install, where it is absent or does not load."""
+def library() -> Any:
+    """bitsandbytes. ValueError, with what to install, where it is absent or does not load."""
     try:
         import bitsandbytes
     except (ImportError, RuntimeError) as error:
         raise ValueError(f'quantize: needs bitsandbytes ({error}); pip install "vistune[quant]"') from error
     # It says at every layer of every token that activations are multiplied in fp16, which is how the method works.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return bitsandbytes.nn
+    return bitsandbytes
 
 
 def quantized(linear: Any, weight: Tensor, kind: str, device: torch.device | str = "cpu", double: bool = False) -> Any:
     """A quantised layer in place of `linear` (its own weight is not looked at) with `weight` [out, in], on `device`."""
-    bnb, shape, made = layers(), (linear.in_features, linear.out_features), None
+    bnb, shape = library(), (linear.in_features, linear.out_features)
+    made: Any
     with torch.device("meta"):
         if kind == "8bit":
-            made = bnb.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=OUTLIER)
+            made = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=OUTLIER)
         else:
-            made = bnb.Linear4bit(*shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+            made = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     if kind == "8bit":
-        made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        made.weight = bnb.Params4bit(weight, compress_statistics=double, quant_type="nf4", module=made).to(device)
+        packed, made.quant_state = nf4(weight, device, double)
+        said = {"quant_state": made.quant_state, "blocksize": BLOCK, "compress_statistics": double, "quant_type": "nf4"}
+        made.weight = bnb.nn.Params4bit(packed, requires_grad=False, module=made, bnb_quantized=True, **said)
     made.bias = linear.bias
     return made.eval()
+
+
+def nf4(weight: Tensor, device: torch.device | str, double: bool) -> tuple[Tensor, Any]:
+    """A weight's values in 4 bits and what turns them back, to the bits of bitsandbytes' own. Piece by piece: on a CPU
+    it takes tens of bytes of room for each value."""
+    bnb = library().functional
+    pieces = [
+        bnb.quantize_4bit(one.to(device), blocksize=BLOCK, quant_type="nf4") for one in weight.reshape(-1).split(PIECE)
+    ]
+    scales, nested = torch.cat([state.absmax for _, state in pieces]), {}
+    if double:
+        nested["offset"] = scales.mean()
+        scales, nested["state2"] = bnb.quantize_blockwise(scales - nested["offset"], blocksize=256)
+    said = {"code": pieces[0][1].code, "blocksize": BLOCK, "quant_type": "nf4", "dtype": weight.dtype}
+    state = bnb.QuantState(absmax=scales, shape=weight.shape, **said, **nested)
+    return torch.cat([packed for packed, _ in pieces]), state
 
 
 def footprint(model: nn.Module, family: Family) -> dict[str, int]:
