@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from tests.each_family import each_family, folders_in
 from tests.models.test_checkpoint_llava import BASE, ORIGINAL
 from vistune.models import checkpoints, weights
 from vistune.models.compare import compare
@@ -158,3 +159,10 @@ def test_a_lora_run_becomes_the_originals_pair(run, tmp_path):
 def test_a_lora_run_is_a_model_folder_for_all_else(run, tmp_path):
     convert(run, tmp_path / "out", "llava", verify=True)
     assert load(tmp_path / "out").family.name == "llava"
+
+
+@each_family
+def test_a_model_of_every_family_is_proved_equal_to_its_copy(name, tmp_path):
+    done = convert(folders_in(tmp_path)(name), tmp_path / "copy", "hf", verify=True)
+    assert done.family == name and done.report.ok
+    assert done.report.rows[0].difference == 0 and len(done.report.rows) == 7
