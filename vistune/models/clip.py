@@ -46,9 +46,9 @@ def _states(tower: Any, pixels: Tensor, depths: list[int]) -> list[Tensor]:
     hidden = tower.embeddings(pixels)
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
-    seen = {0: hidden}
+    seen, mask = {0: hidden}, () if hasattr(tower.encoder, "layer") else (None,)  # DINOv2's layers know no mask
     for depth, layer in enumerate(layers(tower)[: max(depths)], start=1):
-        hidden = layer(hidden, None)
+        hidden = layer(hidden, *mask)
         seen[depth] = hidden
     return [seen[depth] for depth in depths]
 
