@@ -329,6 +329,28 @@ def test_a_stage_trains_all_three_parts_at_their_own_rates_and_its_folder_opens(
     assert rates.keys() == {"connector", "vision", "language"} and len(set(rates.values())) == 3
 
 
+def test_a_run_goes_on_with_the_statistics_it_had(tmp_path):
+    start, file, weights = tiny_fastvlm(tmp_path / "start"), made_data(tmp_path / "data", rows=8), []
+    for name, stops in (("whole", (4,)), ("twice", (2, 4))):
+        for steps in stops:
+            recipe = made_recipe(
+                start,
+                file,
+                tmp_path / name,
+                learn={"vision.layers.3:": 2e-4},
+                optimizer={"schedule": "constant", "warmup": 0.0},
+                train={"steps": steps, "batch": 2},
+                data={"length": 512},
+            )
+            stage.run(recipe)
+        weights.append(load_file(tmp_path / name / "model" / "model.safetensors"))
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    first = load_file(start / "model.safetensors")
+    moved = {name.split(".")[4] for name in first if not torch.equal(first[name], weights[0][name])}
+    assert moved == {"3", "4"}
+
+
 QWEN2 = {  # as published with each size: width, feed-forward width, layers, heads, key-value heads, rows, tied
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
