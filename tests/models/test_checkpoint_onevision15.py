@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vistune.models import checkpoints, weights
-from vistune.models.checkpoints.onevision15 import FORMAT, expected, published
+from vistune.models.checkpoints.onevision15 import FORMAT, published
+from vistune.models.fit import expected
 from vistune.models.folders import beside
 from vistune.models.load import load
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from vistune import chat, console
 from vistune.images import CLIP_MEAN, CLIP_STD, three
 from vistune.models import weights
-from vistune.models.checkpoints.onevision15 import expected
 from vistune.models.families import family
+from vistune.models.fit import expected, refuse
 from vistune.models.folders import (
     Described,
     beside,
@@ -128,11 +128,11 @@ def read_vision(folder: Path, dtype: torch.dtype | None, *, finite: bool = True)
     given = {name.removeprefix(prefix): entry for name, entry in stored.items()}
     table = vision_names(config["num_hidden_layers"])
     missing = [(prefix + part, ours) for ours, parts in table.items() for part in parts if part not in given]
-    _refuse(folder, "missing", (f"{part}, of which {ours} would be made" for part, ours in missing))
+    refuse(folder, {"missing": [f"{part}, of which {ours} would be made" for part, ours in missing]})
     used = {part for parts in table.values() for part in parts}
     dropped = sorted(name for name in given if _UNUSED.search(name))
     extra = sorted(given.keys() - used - set(dropped))
-    _refuse(folder, "not of this tower", (prefix + name for name in extra if not _COMPUTED.search(name)))
+    refuse(folder, {"not of this tower": [prefix + name for name in extra if not _COMPUTED.search(name)]})
     if dropped and finite:
         console.say(f"vision: {', '.join(prefix + name for name in dropped)} left out: the model has no such layer")
 
@@ -175,20 +175,17 @@ def _read_language(folder: Path, dtype: torch.dtype | None, tie: bool | None) ->
         for name, entry in weights.stored(folder).items()
         if not _COMPUTED.search(name)
     }
-    embedding, head = found.get("model.embed_tokens.weight"), found.pop("lm_head.weight", None)
-    if embedding is None:
-        raise ValueError(f"{folder}: 1 weights are missing. The first:\n  model.embed_tokens.weight")
-    own = head is not None and not (config.get("tie_word_embeddings") and _equal(head, embedding))
-    if tie and own and head is not None and not _equal(head, embedding):
+    if "model.embed_tokens.weight" not in found:
+        refuse(folder, {"missing": ["model.embed_tokens.weight"]})
+    embedding = found["model.embed_tokens.weight"]
+    head = found.pop("lm_head.weight", embedding)  # where it is not stored it is the embedding
+    same = head is embedding or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
+    if tie and not same:
         raise ValueError("tie: the language model's head differs from its embedding; tying would lose it")
-    tied = (not own and bool(config.get("tie_word_embeddings"))) if tie is None else tie
+    tied = same and bool(config.get("tie_word_embeddings")) if tie is None else tie
     if not tied:
-        found["lm_head.weight"] = head if head is not None else embedding
+        found["lm_head.weight"] = head
     return found
-
-
-def _equal(one: Entry, other: Entry) -> bool:
-    return one.shape == other.shape and torch.equal(one.read(), other.read())
 
 
 def _fresh(merger: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> dict[str, Entry]:
@@ -310,18 +307,10 @@ def _colours(vision: Path) -> dict[str, Any]:
 
 def _check_shapes(tensors: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]], tied: bool, where: str) -> None:
     needed = {name for name in wanted if not (tied and name == "lm_head.weight")}
-    _refuse(where, "missing", sorted(needed - tensors.keys()))
-    _refuse(where, "not of this model", sorted(tensors.keys() - wanted.keys()))
-    shapes = [(name, tensors[name].shape, wanted[name]) for name in sorted(needed)]
-    other = (f"{name} is {list(have)}, not {list(want)}" for name, have, want in shapes if have != want)
-    _refuse(where, "of another shape than config.json says", other)
-
-
-def _refuse(where: Path | str, what: str, names: Iterator[str] | list[str]) -> None:
-    found = list(names)
-    if found:
-        shown = "\n  ".join(found[:10])
-        raise ValueError(f"{where}: {len(found)} weights are {what}. The first:\n  {shown}")
+    both = [(name, tensors[name].shape, wanted[name]) for name in needed & tensors.keys()]
+    shapes = [f"{name} is {list(have)}, not {list(want)}" for name, have, want in both if have != want]
+    missing, extra = needed - tensors.keys(), tensors.keys() - wanted.keys()
+    refuse(where, {"missing": missing, "not of this model": extra, "of another shape than config.json says": shapes})
 
 
 def _card(vision: Path, language: Path, connector: Path | str | None) -> str:

@@ -12,17 +12,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vistune import console
 from vistune.models import checkpoints, hub
 from vistune.models.checkpoints import Checkpoint, llava_lora
 from vistune.models.compare import TOLERANCE, Report, compare
-from vistune.models.folders import beside, quiet
-from vistune.models.load import COMPUTED, plain
+from vistune.models.fit import check
+from vistune.models.folders import beside
 
 HALVES = ("llava-adapter", "llava-lora", "mcore")
 """Formats that need a base to be read."""
+
+
+class NotTheSame(ValueError):
+    """Source and target compute different things; `report` says in what. The target was not written."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        worst = next(row for row in report.rows if row.wrong)
+        super().__init__(
+            f"{report.target}: not written: it is not what {report.source} is: {worst.check}: {worst.wrong}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,7 @@ def convert(
     `base`: the other half of an adapter, be it source or target. `settings`: of the target's format
     (`tensor_parallel`). `said`: template, image and options, as `vistune.models.load.load` takes them. With `verify`
     both are opened and compared before `out` takes its name. Raises ValueError for what is not whole, what the target
-    cannot hold, and, with `verify`, for a target that computes something else; `out` is then as it was before.
+    cannot hold, NotTheSame, with `verify`, for a target that computes something else; `out` is then as it was before.
     """
     began, out = time.perf_counter(), Path(out)
     writer = _writer(to, settings or {})
@@ -81,8 +90,7 @@ def convert(
             report.source, report.target = str(folder), str(out)
             report.show()
             if not report.ok:
-                worst = next(row for row in report.rows if row.wrong)
-                raise ValueError(f"{out}: not written: the {to} is not what {folder} is: {worst.check}: {worst.wrong}")
+                raise NotTheSame(report)
     seconds = time.perf_counter() - began
     console.say(f"{out}: {to}, {seconds:.1f} s")
     return Conversion(
@@ -150,40 +158,3 @@ def _check_room(found: Checkpoint, folder: Path) -> None:
 
 def _size(found: Checkpoint) -> str:
     return f"{len(found.tensors)} tensors, {sum(entry.nbytes for entry in found.tensors.values()) / 1e9:.3g} GB"
-
-
-def check(found: Checkpoint, where: str) -> None:
-    """ValueError, with the first ten and their count, for tensors that the family's model lacks, has besides, or has in
-    another shape. No tensor is read."""
-    family = found.said.family
-    with quiet(), torch.device("meta"):
-        model = family.model_class(found.said.config)
-    wanted = {
-        plain(family.stored_name(name)): (family.stored_name(name), tuple(tensor.shape))
-        for name, tensor in model.state_dict().items()
-    }
-    given = {plain(name): (name, entry.shape) for name, entry in found.tensors.items() if not COMPUTED.search(name)}
-    head = plain(family.stored_name("lm_head.weight"))
-    missing = [name for key, (name, _) in wanted.items() if key not in given and key != head]
-    extra = [name for key, (name, _) in given.items() if key not in wanted]
-    shapes = [
-        f"{name} is {list(given[key][1])}, not {list(shape)}"
-        for key, (name, shape) in wanted.items()
-        if key in given and given[key][1] != shape
-    ]
-    if head in wanted and head not in given and not _tied(found):
-        missing.append(wanted[head][0])
-    kinds = {"missing": missing, "not of this model": extra, "of another shape than config.json says": shapes}
-    wrong = [
-        f"{len(names)} weights are {what}. The first:\n  " + "\n  ".join(sorted(names)[:10])
-        for what, names in kinds.items()
-        if names
-    ]
-    if wrong:
-        raise ValueError(f"{where}: " + "\n".join(wrong))
-
-
-def _tied(found: Checkpoint) -> bool:
-    config: Any = found.said.config
-    sections = (config, getattr(config, "text_config", config))
-    return any(getattr(section, "tie_word_embeddings", False) for section in sections)

@@ -28,7 +28,8 @@ from vistune.models.checkpoints.mcore_layout import (
     stages,
     whole,
 )
-from vistune.models.checkpoints.onevision15 import HOLDS, check, is_tied, published
+from vistune.models.checkpoints.onevision15 import HOLDS, is_tied, published
+from vistune.models.fit import check, refuse
 from vistune.models.folders import describe
 from vistune.models.weights import Entry, held
 
@@ -73,16 +74,17 @@ class Mcore:
         tensors, kept = _tensors(opened, described.config, where)
         if is_tied(described.config) and _HEAD in tensors and _same(tensors[_HEAD], tensors[_EMBEDDING]):
             del tensors[_HEAD]  # the format stores a tied head once more
-        check(tensors, described, where)
         described.origin = {**described.origin, self.name: opened.origin()}
-        return Checkpoint(format=self.name, why=why, said=described, tensors=tensors, kept=kept)
+        found = Checkpoint(format=self.name, why=why, said=described, tensors=tensors, kept=kept)
+        check(found, where)
+        return found
 
     def write(self, checkpoint: Checkpoint, folder: Path) -> None:
         said = checkpoint.said
         if said.family.name != HOLDS:
             raise ValueError(f"mcore holds {HOLDS} alone; {said.folder} is a {said.family.name}")
         tensors = published(checkpoint.tensors)
-        check(tensors, said, f"{said.folder} (to be written as mcore)")
+        check(checkpoint, f"{said.folder} (to be written as mcore)")
         tensors.setdefault(_HEAD, tensors[_EMBEDDING])  # the format has no tied heads
         came, sizes = said.origin.get(self.name, {}), Sizes.of(said.config)
         ranks = self.tensor_parallel or came.get("tensor_parallel", 1)
@@ -150,10 +152,7 @@ def _tensors(opened: Opened, config: Any, where: str) -> tuple[dict[str, Entry],
             if (rows := padding(rule, shares, sizes)) is not None:
                 kept[_kept_name(rule)] = rows
         unknown += sorted(left)
-    for names, what in ((missing, "missing"), (unknown, "not of this model")):
-        if names:
-            shown = "\n  ".join(names[:10])
-            raise ValueError(f"{where}: {len(names)} weights are {what}. The first:\n  {shown}")
+    refuse(where, {"missing": missing, "not of this model": unknown})
     return found, kept
 
 

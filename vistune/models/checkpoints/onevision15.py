@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vistune.models import weights
 from vistune.models.checkpoints import Checkpoint
-from vistune.models.folders import Described, describe, quiet, read_config, write_described
+from vistune.models.fit import check
+from vistune.models.folders import Described, describe, read_config, write_described
 from vistune.models.weights import Entry
 
 HOLDS = "onevision15"
@@ -39,31 +38,6 @@ def is_tied(config: Any) -> bool:
     return bool(getattr(config.text_config, "tie_word_embeddings", False))
 
 
-def expected(said: Described) -> dict[str, tuple[int, ...]]:
-    """Published names and shapes of a model with this config, found without weights."""
-    with quiet(), torch.device("meta"):
-        model = said.family.model_class(said.config)
-    return {said.family.stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def check(tensors: Mapping[str, Entry], said: Described, where: str) -> None:
-    """ValueError, with the first ten and their count, for missing, extra and mis-shaped tensors. The head may be left
-    out: it is the embedding then."""
-    wanted = expected(said)
-    missing = [name for name in wanted if name not in tensors and name != "lm_head.weight"]
-    extra = [name for name in tensors if name not in wanted]
-    shapes = [
-        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    kinds = {"missing": missing, "not of this model": extra, "of another shape than config.json says": shapes}
-    for what, names in kinds.items():
-        if names:
-            shown = "\n  ".join(sorted(names)[:10])
-            raise ValueError(f"{where}: {len(names)} weights are {what}. The first:\n  {shown}")
-
-
 class OneVision15:
     """See `vistune.models.checkpoints.Format`."""
 
@@ -80,13 +54,14 @@ class OneVision15:
         described, why = describe(folder, **said), f"config.json: {read_config(folder).get('model_type')}"
         _refuse_others(described)
         tensors = published(weights.stored(folder))
-        check(tensors, described, f"{folder} ({self.name}: {why})")
-        return Checkpoint(format=self.name, why=why, said=described, tensors=tensors)
+        found = Checkpoint(format=self.name, why=why, said=described, tensors=tensors)
+        check(found, f"{folder} ({self.name}: {why})")
+        return found
 
     def write(self, checkpoint: Checkpoint, folder: Path) -> None:
         said, tensors = checkpoint.said, published(checkpoint.tensors)
         _refuse_others(said)
-        check(tensors, said, f"{said.folder} (to be written as {self.name})")
+        check(checkpoint, f"{said.folder} (to be written as {self.name})")
         types = [entry.dtype for entry in tensors.values()]
         commonest = str(max(set(types), key=types.count)).removeprefix("torch.")
         weights.write(folder, tensors)

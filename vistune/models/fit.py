@@ -1,0 +1,57 @@
+"""Whether tensors are those of a model, by names and shapes alone.
+
+Knows families by their protocol; reads no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from vistune.models.checkpoints import Checkpoint
+from vistune.models.folders import Described, quiet
+from vistune.models.load import COMPUTED, plain
+
+
+def expected(said: Described) -> dict[str, tuple[int, ...]]:
+    """Published names and shapes of a model with this config."""
+    with quiet(), torch.device("meta"):
+        model = said.family.model_class(said.config)
+    return {said.family.stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check(found: Checkpoint, where: str) -> None:
+    """ValueError, with the first ten and their count, for tensors that the family's model lacks, has besides, or has in
+    another shape. No tensor is read."""
+    wanted = {plain(name): (name, shape) for name, shape in expected(found.said).items()}
+    given = {plain(name): (name, entry.shape) for name, entry in found.tensors.items() if not COMPUTED.search(name)}
+    head = plain(found.said.family.stored_name("lm_head.weight"))
+    missing = [name for key, (name, _) in wanted.items() if key not in given and key != head]
+    extra = [name for key, (name, _) in given.items() if key not in wanted]
+    shapes = [
+        f"{name} is {list(given[key][1])}, not {list(shape)}"
+        for key, (name, shape) in wanted.items()
+        if key in given and given[key][1] != shape
+    ]
+    if head in wanted and head not in given and not _tied(found):
+        missing.append(wanted[head][0])
+    refuse(where, {"missing": missing, "not of this model": extra, "of another shape than config.json says": shapes})
+
+
+def refuse(where: object, kinds: Mapping[str, Iterable[str]]) -> None:
+    """ValueError when any of `kinds` (what is wrong: the weights with which it is) has a name."""
+    wrong = [
+        f"{len(names)} weights are {what}. The first:\n  " + "\n  ".join(sorted(names)[:10])
+        for what, names in ((what, list(names)) for what, names in kinds.items())
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"{where}: " + "\n".join(wrong))
+
+
+def _tied(found: Checkpoint) -> bool:
+    config: Any = found.said.config
+    sections = (config, getattr(config, "text_config", config))
+    return any(getattr(section, "tie_word_embeddings", False) for section in sections)
