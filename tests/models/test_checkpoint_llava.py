@@ -333,6 +333,14 @@ def test_parts_of_a_lora_pair_that_are_not_there(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pair_whose_model_has_learned_since(tmp_path):
+    convert(ORIGINAL / "llava-lora-mlp2x_gelu", tmp_path / "hf", "hf", BASE)
+    convert(tmp_path / "hf", tmp_path / "pair", "llava-lora")
+    changed(tmp_path / "hf", lambda t: t["multi_modal_projector.linear_2.weight"].add_(0.1))
+    with pytest.raises(ValueError, match=r"linear_2.weight has changed since .* no longer this model's"):
+        convert(tmp_path / "hf", tmp_path / "again", "llava-lora")
+
+
 def test_a_tokenizer_of_another_model(tmp_path):
     folder = copied("llava-mlp2x_gelu", tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

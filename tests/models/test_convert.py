@@ -13,7 +13,7 @@ from tests.each_family import each_family, folders_in
 from tests.models.test_checkpoint_llava import BASE, ORIGINAL
 from vistune.models import checkpoints, weights
 from vistune.models.compare import compare
-from vistune.models.convert import convert
+from vistune.models.convert import NotTheSame, convert
 from vistune.models.load import load, save, stored_tensors
 from vistune.train.learn import merge_adapters, save_adapter
 
@@ -94,9 +94,10 @@ def test_a_conversion_is_proved_or_not_done(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(checkpoints.named("hf")), "write", wrong)
     with pytest.raises(
-        ValueError, match=r"not written: the hf is not what .* is: vision features, one picture: differs"
-    ):
+        NotTheSame, match=r"not written: it is not what .* is: vision features, one picture: differs"
+    ) as error:
         convert(WHOLE, tmp_path / "other", verify=True)
+    assert not error.value.report.ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

@@ -5,11 +5,14 @@ Read onto its base it gives the merged model, one weight at a time, and keeps th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vistune.models import merge, weights
 from vistune.models.checkpoints import Checkpoint, hf, llava, llava_config, llava_names
@@ -49,7 +52,8 @@ class LoraPair:
         whole.tensors = placed(whole.tensors, _plain(others), f"base {base}")
         found = whole.open(self.name, self.recognises(folder), **said)
         assert base is not None
-        found.tensors = merge.merged(found, _renamed(merge.read_adapter(folder), found.said.family), base)
+        learned = _renamed(merge.read_adapter(folder), found.said.family)
+        found.tensors = merge.merged(found, learned, base)
         pair = weights.of_file(adapter)
         found.kept |= pair | others
         found.said.origin |= {
@@ -59,6 +63,7 @@ class LoraPair:
                 "file": adapter.name,
                 "others": list(others),
                 "rows": whole.rows,
+                "marks": _marks(found.tensors, learned, found.said.family),
             }
         }
         return found
@@ -72,6 +77,12 @@ class LoraPair:
                 f"{checkpoint.said.folder}: a whole model, in which no LoRA can be told from what it lies on; give the "
                 "folder of the run that trained it (with adapter/ in it), or use --to llava"
             )
+        for name, mark in origin.get("marks", {}).items():
+            if name not in checkpoint.tensors or _mark(checkpoint.tensors[name]) != mark:
+                raise ValueError(
+                    f"{checkpoint.said.folder}: {name} has changed since the LoRA pair that came with it was merged, "
+                    "so the pair is no longer this model's; use --to llava"
+                )
         others = {name: pair.pop(name) for name in origin["others"]}
         file = folder / origin["file"]
         (weights.write_file if file.suffix == ".safetensors" else weights.write_pickle)(file, pair)
@@ -79,6 +90,19 @@ class LoraPair:
         for name, said in ((llava.ADAPTER, origin["adapter_config"]), ("config.json", origin["config"])):
             text = json.dumps(said, indent=2, sort_keys=True) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _marks(tensors: Mapping[str, Entry], learned: merge.Learned, family: Family) -> dict[str, str]:
+    """Marks by which a model is known in which nothing has learned since: of the first weight that was adapted, and of
+    the connector's last."""
+    names = [family.stored_name(f"{path}.weight") for path in list(learned.adapters)[:1]]
+    names += [name for name in tensors if "multi_modal_projector." in name and name.endswith("weight")][-1:]
+    return {name: _mark(tensors[name]) for name in names}
+
+
+def _mark(entry: Entry) -> str:
+    value = entry.read().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(value.numpy().data).hexdigest()[:16]
 
 
 def _adapter_file(folder: Path) -> Path:
@@ -116,7 +140,8 @@ def of_run(run: Path, base: Path | None, **said: Any) -> Checkpoint:
     made = llava.config_of(found, llava.origin_of(found))
     config = {key: value for key, value in made.items() if key != "vistune"}
     config |= {"vocab_size": _rows(found, base), "tune_mm_mlp_adapter": False}
-    names = {"connector": config["mm_projector_type"]}
+    mpt = found.said.config.text_config.model_type == "mpt"
+    names = {"connector": config["mm_projector_type"], "root": "transformer" if mpt else "model"}
     pair = {
         f"{_PREFIX}{llava_names.original(f'{path}.weight', **names).removesuffix('.weight')}.{_leaf(kind)}": entry
         for path, parts in learned.adapters.items()
