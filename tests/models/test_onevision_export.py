@@ -129,6 +129,9 @@ def test_the_folder_is_whole_and_equal(written: Path) -> None:
         ours = Path(sys.modules[f"vistune.models.{file.stem}"].__file__).read_text()
         assert code == ours.replace("from vistune.models.", "from .")
     assert len(list(written.glob("*.py"))) == 3 and load(written).layout == load(START).layout
+    tokens = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (START, written)]
+    for key in ("additional_special_tokens", "processor_class", "eos_token", "pad_token", "tokenizer_class"):
+        assert tokens[0][key] == tokens[1][key]
 
 
 def renamed(folder: Path, out: Path) -> Path:

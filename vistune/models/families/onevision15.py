@@ -158,6 +158,7 @@ class OneVision15:
                 section.pop(key, None)
         config["vision_config"] = {k: v for k, v in config["vision_config"].items() if v is not None and v is not False}
         (folder / "processor_config.json").unlink(missing_ok=True)  # where it is, the other files are not looked at
+        _name_as_before(folder / "tokenizer_config.json")
         video = {**json.loads((folder / "preprocessor_config.json").read_text()), **_VIDEO}
         del video["image_processor_type"], video["auto_map"]
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
@@ -212,6 +213,15 @@ _VIDEO = {
     "min_frames": 4,
     "max_frames": 768,
 }
+
+
+def _name_as_before(file: Path) -> None:
+    """Extra special tokens under the key that every release reads; transformers 4 stops at the newer one."""
+    said = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(said.get("extra_special_tokens"), list):
+        said["additional_special_tokens"] = said.pop("extra_special_tokens")
+        said["processor_class"] = "Qwen2_5_VLProcessor"
+        file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=8)
