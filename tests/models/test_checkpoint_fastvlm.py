@@ -12,7 +12,7 @@ from tests.tiny_fastvlm import FASTVLM, golden_hf, golden_original, tiny_fastvlm
 from vistune.models import checkpoints
 from vistune.models.checkpoints import fastvlm
 from vistune.models.families import family
-from vistune.models.load import load
+from vistune.models.load import load, save
 
 FAMILY = family("fastvlm")
 TOWER = "model.vision_tower.vision_tower.model."
@@ -94,6 +94,20 @@ def test_to_a_model_folder_and_back_to_the_byte(source, tmp_path, pickled):
     assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_what_was_trained_in_a_model_folder_goes_back_too(source, tmp_path):
+    """What only Apple's format has (the tower's head) is gone then, and nothing else."""
+    loaded = load(source)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.add_(1.0)
+    save(loaded, tmp_path / "trained", card="")
+    back = written(checkpoints.read(tmp_path / "trained"), "fastvlm", tmp_path / "back")
+    original, now = (load_file(folder / "model.safetensors") for folder in (source, back))
+    original.pop(TOWER + "head.proj")
+    original["lm_head.weight"] += 1.0
+    same_tensors(now, original)
+    assert load(back).image_token_id == 320
 
 
 def test_the_recorded_model_folder_is_the_same_model(source, tmp_path):

@@ -104,7 +104,7 @@ class OriginalFastVlm:
             raise ValueError(f"{said.folder}: is a {said.family.name}; Apple's format holds FastVLM alone")
         origin = said.origin.get(self.name, {})
         config = _config(checkpoint, origin)
-        own = set(origin.get("kept", ()))
+        own = checkpoint.kept.keys() & set(origin.get("kept", ()))  # none of it in a folder that was trained since
         files = {name.removeprefix(_FILE) for name in own if name.startswith(_FILE)}
         tensors = {original(name): entry for name, entry in checkpoint.tensors.items()}
         for name in _WORDS:
