@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "preflight": (7, ("preflight",)),
     "doctor": (7, ("doctor",)),
     "report": (7, ("report",)),
-    "cli": (8, ("cli", "cli_data", "__main__")),
+    "cli": (8, ("cli", "cli_data", "cli_models", "__main__")),
 }
 
 LATE: dict[str, str] = {
@@ -61,7 +61,7 @@ LATE: dict[str, str] = {
     "torch.nn.attention.varlen": "not on every device and build",
 }
 LATE_FILES = dict.fromkeys(
-    ("cli.py", "cli_data.py"), "a verb imports its room when it is asked for, so that --help answers at once"
+    ("cli.py", "cli_data.py", "cli_models.py"), "a verb imports its room when it is asked for, so that --help answers at once"
 )
 
 SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers", "yaml": "pyyaml"}

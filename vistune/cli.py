@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vistune import __version__, cli_data, console
+from vistune import __version__, cli_data, cli_models, console
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -32,67 +31,33 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of the run; made anew.")] = Path("runs/quickstart"),
     quick: Annotated[bool, typer.Option(help="A shortened run that only shows that everything works.")] = False,
     seed: int = 0,
-    json: Json = False,
+    json: cli_models.Json = False,
 ) -> None:
     """Watch a small LLaVA being assembled, aligned, instruction-tuned, evaluated on pictures it has never seen, and
     asked a question: real handwritten digits, two CPU cores, a few minutes."""
     from vistune.quickstart import run as quick_run
 
-    _humans_to_stderr(json)
+    cli_models.only_json(json)
     summary = quick_run.run(out, quick=quick, seed=seed)
     if json:
         console.print_json(summary)
 
 
-@app.command()
-def assemble(
-    vision: Annotated[str, typer.Option(help="Vision tower: a folder or a hub id (CLIP, SigLIP).")],
-    language: Annotated[str, typer.Option(help="Language model: a folder or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The model folder to write.")],
-    connector: Annotated[str, typer.Option(help="A model folder or an original mm_projector.bin; empty: fresh.")] = "",
-    template: Annotated[str, typer.Option(help="Chat template written into the folder.")] = "v1",
-    image: Annotated[str, typer.Option(help="square: cut the centre. pad: widen to a square.")] = "pad",
-    select_layer: Annotated[int, typer.Option(help="Which hidden state of the vision tower is used.")] = -2,
-    select: Annotated[str, typer.Option(help="patch, or cls_patch to keep the class token.")] = "patch",
-    seed: Annotated[int, typer.Option(help="Of a fresh connector.")] = 0,
-    json: Json = False,
-) -> None:
-    """Join a vision tower and a language model into a stage-0 model folder, and prove that nothing was lost."""
-    from vistune.models import assemble as room
-    from vistune.models import verify
-
-    _humans_to_stderr(json)
-    room.assemble(
-        vision=vision,
-        language=language,
-        out=out,
-        connector=connector or None,
-        template=template,
-        image=image,
-        select_layer=select_layer,
-        select=select,
-        seed=seed,
-    )
-    report = verify.verify(out, vision=vision, language=language)
-    if json:
-        console.print_json(report.as_dict())
-    else:
-        report.show()
-    if not report.ok:
-        raise typer.Exit(1)
+for _verb in (cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch):
+    app.command()(_verb)
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
     words: Annotated[list[str] | None, typer.Argument(help="section.key=value laid over it; run=DIR.")] = None,
-    json: Json = False,
+    json: cli_models.Json = False,
 ) -> None:
     """Train one stage. The same command takes an interrupted run up again. Under torchrun: one process per GPU."""
     from vistune import recipe as recipes
     from vistune.train import stage
 
-    _humans_to_stderr(json)
+    cli_models.only_json(json)
     summary = stage.run(recipes.read(recipe, words or []))
     if json:
         console.print_json(summary)
@@ -100,25 +65,23 @@ def train(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A model folder, or the folder of a finished run.")],
+    model: Annotated[str, typer.Argument(help="A model in any format, the folder of a finished run, or a hub id.")],
     image: Annotated[list[Path] | None, typer.Option(help="A picture for the first question; may be repeated.")] = None,
     ask: Annotated[str, typer.Option(help="One question; without it you are asked for them.")] = "",
     max_new_tokens: int = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.2,
     top_p: float = 1.0,
     seed: int = 0,
+    quantize: Annotated[
+        str, typer.Option(help="8bit or 4bit: the language model's matrices; empty: as they are.")
+    ] = "",
     device: Device = "auto",
 ) -> None:
     """Ask a model about pictures. Several turns; `/image FILE` adds a picture, `/new` starts over, Ctrl-D ends."""
     from vistune import generate
 
     settings = generate.Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    generate.converse(model, list(image or []), ask, settings, device)
-
-
-def _humans_to_stderr(json: bool) -> None:
-    if json:
-        console.only_json()
+    generate.converse(model, list(image or []), ask, settings, device, quantize)
 
 
 @app.callback(invoke_without_command=True)
