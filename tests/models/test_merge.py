@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.made import made_recipe
+from tests.made import made_recipe, stage0
 from vistune.models import merge as room
 from vistune.models import weights
 from vistune.models.load import load
@@ -150,6 +150,23 @@ def test_an_adapter_made_by_peft_alone(foreign, start, tmp_path):
         torch.testing.assert_close(model[name], tensor, rtol=0, atol=1e-6, msg=name)
     connector = "model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(load(start).model.state_dict()[connector], model[connector])
+
+
+def test_biases_that_peft_trained(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    start = stage0(tmp_path, "qwen2", "qwen_2")
+    model = get_peft_model(load(start).model, LoraConfig(r=2, target_modules=r".*language.*q_proj", bias="lora_only"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = load(merge(tmp_path / "adapter", base=start)).model.state_dict()
+    expected = model.merge_and_unload().state_dict()
+    bias = "model.language_model.layers.0.self_attn.q_proj.bias"
+    assert not torch.equal(load(start).model.state_dict()[bias], merged[bias])
+    assert not [name for name in expected if not torch.allclose(expected[name], merged[name], rtol=0, atol=1e-6)]
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.layers", "model.layers"])

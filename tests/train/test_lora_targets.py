@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 
 from tests.each_family import each_family, folders_in
 from tests.made import made_recipe
+from vistune.models.families import family
 from vistune.models.load import load, save, stored_tensors
 from vistune.recipe import Lora
 from vistune.train import learn
@@ -115,3 +117,17 @@ def test_an_adapter_is_read_by_peft_itself_and_merges_to_the_same(folders, name,
         theirs = PeftModel.from_pretrained(opened, tmp_path / "adapter").eval()(input_ids=IDS).logits
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
     assert (without - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ffn", "layers", "parameters"), [(4096, 11008, 32, 319_815_680), (5120, 13824, 40, 500_695_040)]
+)
+def test_the_real_sizes_have_the_adapters_that_llava_trains(hidden, ffn, layers, parameters):
+    """r = 128 on q, k, v, o, gate, up and down of 7B and 13B."""
+    text = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    config = transformers.LlavaConfig(text_config={"model_type": "llama", "num_attention_heads": 32, **text})
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    paths = learn.lora_targets(model, family("llava"), Lora(r=128))
+    assert len(paths) == 7 * layers
+    assert sum(128 * sum(model.get_submodule(path).weight.shape) for path in paths) == parameters

@@ -82,7 +82,7 @@ def sort(tensors: Mapping[str, Entry], config: Any) -> Learned:
                 raise ValueError(f"adapter: {name}: only lora_A, lora_B and DoRA's magnitudes can be merged")
             learned.adapters.setdefault(name[: match.start()], {})[match[1]] = entry
         else:
-            learned.whole[name] = entry
+            learned.whole[name.replace(".base_layer.", ".")] = entry  # a bias of an adapted layer
     for path, parts in learned.adapters.items():
         if not {"lora_A", "lora_B"} <= parts.keys():
             raise ValueError(f"adapter: {path} has {', '.join(sorted(parts))}; lora_A and lora_B belong together")
