@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistune.models import assemble_onevision15, checkpoints
+from vistune.models import assemble_fastvlm, checkpoints
+from vistune.models.families import Family
 from vistune.models.finite import first_nonfinite
-from vistune.models.folders import Described, read_config
+from vistune.models.folders import Described
 from vistune.models.load import build, nonfinite
 from vistune.models.parts import inside, read_language, read_vision, resolve
 from vistune.models.proof import TOLERANCE, Report, Row, difference
@@ -44,7 +45,7 @@ def verify(folder: Path | str, *, vision: str | Path, language: str | Path, dtyp
         report.rows.append(_check_range(found.said, model, narrow))
 
     parts = family.parts(model)
-    report.rows += _compare_vision(resolve(vision, "vision"), found.tensors, model, parts["vision"][0])
+    report.rows += _compare_vision(family, vision, found.tensors, model)
     gc.collect()
 
     source, tokenizer = read_language(resolve(language, "language"), model.dtype, finite=False)
@@ -56,14 +57,19 @@ def verify(folder: Path | str, *, vision: str | Path, language: str | Path, dtyp
     return report
 
 
-def _compare_vision(folder: Path, tensors: Mapping[str, Entry], model: Any, ours: Any) -> list[Row]:
-    if read_config(folder).get("model_type") == assemble_onevision15.VISION:
-        return compare_vision(folder, tensors, model.visual)
+def _compare_vision(family: Family, vision: str | Path, tensors: Mapping[str, Entry], model: Any) -> list[Row]:
+    """Towers of our own are compared by those who know their sources' names, stock ones with the stock class."""
+    if family.name == "onevision15":
+        return compare_vision(resolve(vision, "vision"), tensors, model.visual)
+    ours = family.parts(model)["vision"][0]
+    if family.name == "fastvlm":
+        source = Path(vision) if Path(vision).is_file() else resolve(vision, "vision")
+        return assemble_fastvlm.compare_vision(source, ours)
     dtype = next(ours.parameters()).dtype
-    source, _ = read_vision(folder, dtype, finite=False)
-    size = source.config.image_size
+    stock, _ = read_vision(resolve(vision, "vision"), dtype, finite=False)
+    size = stock.config.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return _compare("vision", source, ours, {"pixel_values": pixels})
+    return _compare("vision", stock, ours, {"pixel_values": pixels})
 
 
 def _check_range(said: Described, model: Any, dtype: torch.dtype) -> Row:
