@@ -19,6 +19,7 @@ def some(**more):
         "c": torch.arange(6).reshape(2, 3),
         "d": torch.randn(7, 2).bfloat16().t(),
         "e": torch.tensor(1.5),
+        "f": torch.zeros(0, 3),
     }
     return {name: held(tensor) for name, tensor in (tensors | more).items()}
 

@@ -9,6 +9,7 @@ import json
 import pickle
 import re
 import struct
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _PIECE = re.compile(r"(?:model|pytorch_model)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
 SHARD_BYTES = 5_000_000_000
 PICKLE_BYTES = 2_000_000_000
-"""Of a shard that is pickled, which is in memory as a whole."""
+"""Of a shard that is pickled, which is on disk twice while it is written."""
 
 # The names that the safetensors format gives to types.
 _TYPES = {
@@ -201,7 +202,7 @@ def write(folder: Path, tensors: Mapping[str, Entry], limit: int = SHARD_BYTES, 
 
 
 def write_pickles(folder: Path, tensors: Mapping[str, Entry], limit: int = PICKLE_BYTES) -> None:
-    """As `write`, into `pytorch_model*.bin`, which `torch.load` opens; one shard is in memory at a time."""
+    """As `write`, into `pytorch_model*.bin`, which `torch.load` opens."""
     _write_shards(folder, tensors, limit, "writing", PICKLE, PICKLE_INDEX, write_pickle)
 
 
@@ -223,13 +224,23 @@ def _write_shards(
 
 
 def write_pickle(file: Path, tensors: Mapping[str, Entry], written: Callable[[int], None] = lambda done: None) -> None:
-    """One file of `torch.save`: a dict of tensors, all in memory at once, each a copy so that no more is saved than
-    itself."""
-    held_now = {}
-    for name, entry in tensors.items():
-        held_now[name] = entry.read().clone(memory_format=torch.contiguous_format)
-        written(entry.nbytes)
-    torch.save(held_now, file)
+    """One file of `torch.save`, a dict of tensors. They lie in mapped files beside it first, which are saved from there
+    without memory; each holds no more than itself, whatever it is a view of."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        copies = {}
+        for number, (name, entry) in enumerate(tensors.items()):
+            copies[name] = mapped(entry, Path(scratch) / str(number))
+            written(entry.nbytes)
+        torch.save(copies, file)
+        del copies
+
+
+def mapped(entry: Entry, file: Path) -> Tensor:
+    """The tensor in a new file of its own, mapped: its pages are the file's, not the process's."""
+    if not entry.nbytes:  # nothing can be mapped
+        return entry.read().clone()
+    values = torch.from_file(str(file), shared=True, size=torch.Size(entry.shape).numel(), dtype=entry.dtype)
+    return values.view(entry.shape).copy_(entry.read())
 
 
 def _shards(tensors: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vistune import console
 from vistune.models.checkpoints.mcore_layout import extra_states
-from vistune.models.weights import Entry, pickled
+from vistune.models.weights import Entry, mapped, pickled
 
 LATEST, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(_\d{3})?")
@@ -165,7 +165,7 @@ def save(
         for number, piece in enumerate(pieces):
             model: dict[str, Any] = {}
             for name, entry in piece.items():
-                model[name] = _mapped(entry, Path(scratch) / f"{number}.{name}")
+                model[name] = mapped(entry, Path(scratch) / f"{number}.{name}")
                 written(entry.nbytes)
             if extra:
                 model |= {name: _nothing() for name in extra_states(list(piece))}
@@ -173,12 +173,6 @@ def save(
         named = {"model": models[0]} if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}
         torch.save({**named, "checkpoint_version": 3.0, "iteration": 0, "args": args}, file)
         del models, named, model
-
-
-def _mapped(entry: Entry, file: Path) -> Tensor:
-    """The tensor in a file of its own, mapped: its pages are the file's, not the process's."""
-    values = torch.from_file(str(file), shared=True, size=torch.Size(entry.shape).numel(), dtype=entry.dtype)
-    return values.view(entry.shape).copy_(entry.read())
 
 
 def _nothing() -> io.BytesIO:
