@@ -221,6 +221,10 @@ def test_rows_of_padding_that_learned_are_kept(tmp_path: Path) -> None:
     [back] = models(written(FORMAT, found, tmp_path / "out")).values()
     [source] = models(tmp_path / "run").values()
     assert torch.equal(back[name], source[name])
+    with beside(tmp_path / "hf") as new:
+        checkpoints.named("hf").write(found, new)
+    [detour] = models(written(FORMAT, checkpoints.read(tmp_path / "hf"), tmp_path / "detour")).values()
+    assert torch.equal(detour[name], source[name])
     two = models(written(Mcore(tensor_parallel=2), found, tmp_path / "two"))
     assert torch.equal(torch.cat([each[name] for each in two.values()]), source[name])
 
