@@ -27,7 +27,7 @@ err = Console(stderr=True, quiet=QUIET, highlight=False, soft_wrap=True)
 
 def only_json() -> None:
     """From here on stdout is for one JSON document; what people read goes to stderr."""
-    out.file = sys.stderr
+    out.stderr = True
 
 
 def say(text: str) -> None:
