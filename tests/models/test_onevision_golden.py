@@ -163,6 +163,12 @@ def test_the_published_fault_on_demand(name: str) -> None:
     assert (alone(folder(), name) - wrong).abs().max() > 0.01
 
 
+def test_the_published_fault_stays_within_a_sample() -> None:
+    loaded, names = folder(options='{"legacy_images": true}'), ("m01", "t01", "s01", "m02")
+    alone_each = torch.cat([packed(loaded, name) for name in names])
+    torch.testing.assert_close(packed(loaded, *names), alone_each, **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["s02", "t01"])
 def test_a_tied_head(name: str) -> None:
     loaded = folder("tiny-stage0-tied")

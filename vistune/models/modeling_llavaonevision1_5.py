@@ -346,12 +346,16 @@ _PICTURES = (
 )
 
 
-def _repeated(pixels: Tensor, grids: Tensor, tokens: Sequence[int], merged: int, times: int) -> tuple[Tensor, Tensor]:
-    """Patches and grids of rows that have so many `tokens` each, every row's `times` times in a row."""
+def by_row(pixels: Tensor, grids: Tensor, tokens: Sequence[int], merged: int) -> list[tuple[Tensor, Tensor]]:
+    """Patches and grids of each row, of rows that have so many `tokens`, `merged` patches to each."""
     ends = (grids.prod(1) // merged).cumsum(0).tolist()
     splits = [ends.index(end) + 1 if end else 0 for end in itertools.accumulate(tokens)]
     counts = [after - before for before, after in itertools.pairwise([0, *splits])]
     patches = [count * merged for count in tokens]
-    rows = zip(pixels.split(patches), grids.split(counts), strict=True)
-    chosen = [row for row in rows for _ in range(times)]
+    return list(zip(pixels.split(patches), grids.split(counts), strict=True))
+
+
+def _repeated(pixels: Tensor, grids: Tensor, tokens: Sequence[int], merged: int, times: int) -> tuple[Tensor, Tensor]:
+    """Patches and grids with those of every row `times` times in a row."""
+    chosen = [row for row in by_row(pixels, grids, tokens, merged) for _ in range(times)]
     return torch.cat([each for each, _ in chosen]), torch.cat([each for _, each in chosen])

@@ -13,16 +13,25 @@ from torch import Tensor
 from vistune.models import attention
 from vistune.models.flops import Piece, learns
 from vistune.models.language import layer_pieces
+from vistune.models.modeling_llavaonevision1_5 import by_row
 
 
-def see(tower: Any, pixels: Tensor, grids: Tensor) -> Tensor:
+def see(tower: Any, pixels: Tensor, grids: Tensor, tokens: Sequence[int] = ()) -> Tensor:
     """What the merger is given, of patches [P, 588] and grids [N, 3] (on the host): [P, C].
 
     The tower's attention must be `attention.NAME`: every picture, and every frame of a video, sees itself only.
+    `tokens` of each sample's pictures: only `legacy_images`, whose fault is within a sample, asks for it.
     """
-    segments = attention.segments([1 + patches for patches in frames(grids)], pixels.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and learning(tower)):
-        return tower.encode(pixels, grids, segments=segments)
+        if not (tower.config.legacy_images and len(tokens)):
+            return _encoded(tower, pixels, grids)
+        rows = by_row(pixels, grids, tokens, tower.config.spatial_merge_size**2)
+        return torch.cat([_encoded(tower, *row) for row in rows if len(row[1])])
+
+
+def _encoded(tower: Any, pixels: Tensor, grids: Tensor) -> Tensor:
+    segments = attention.segments([1 + patches for patches in frames(grids)], pixels.device)
+    return tower.encode(pixels, grids, segments=segments)
 
 
 def learning(tower: Any) -> bool:

@@ -183,7 +183,11 @@ class OneVision15:
         where = lm.placeholders(ids, model.config.image_token_id, tokens, what)
         embeds = model.get_input_embeddings()(ids)
         if pixels is not None and grids is not None and where is not None:
-            features = model.visual.merger(rice.see(model.visual, pixels, grids))
+            legacy = model.config.vision_config.legacy_images
+            each = (
+                [int((one == model.config.image_token_id).sum()) for one in ids.split(list(lengths))] if legacy else []
+            )
+            features = model.visual.merger(rice.see(model.visual, pixels, grids, each))
             embeds = lm.splice(embeds, where, features)
         return lm.hidden(model.model, embeds, positions, lengths)
 
