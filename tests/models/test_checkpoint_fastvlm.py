@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_fastvlm import FASTVLM, golden_hf, golden_original, tiny_fastvlm
 from vistune.models import checkpoints
 from vistune.models.checkpoints import fastvlm
+from vistune.models.convert import convert
 from vistune.models.families import family
 from vistune.models.load import load, save
 
@@ -192,3 +193,11 @@ def test_another_family_cannot_be_written(tmp_path, source):
     with pytest.raises(ValueError, match="holds FastVLM alone"):
         checkpoints.named("fastvlm").write(checkpoint, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_converted_there_and_back_with_proof(source, tmp_path):
+    for out, to in (("hf", "hf"), ("back", "fastvlm")):
+        done = convert(source if to == "hf" else tmp_path / "hf", tmp_path / out, to, verify=True)
+        assert (done.family, done.tensors) == ("fastvlm", 192) and done.report.ok
+        assert max(row.difference for row in done.report.rows) <= 1e-4
+    same_tensors(*(load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back")))

@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_language, tiny_vision
 from tests.tiny_fastvlm import golden_hf, golden_original, tiny_fastvlm
 from vistune.models import assemble_fastvlm
+from vistune.models.assemble import assemble as any_assemble
 from vistune.models.assemble_fastvlm import assemble, compare_vision, read_tower
 from vistune.models.checkpoints import fastvlm_names
 from vistune.models.load import load
+from vistune.models.verify import verify
 
 APPLE, TIMM = fastvlm_names.APPLE, fastvlm_names.TIMM
 
@@ -87,3 +89,13 @@ def test_half_precision_is_asked_for(tmp_path):
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert loaded.layout.tokens(5, 5) == 64
     assert assemble_fastvlm.said_resolution(tmp_path / "out") == 512
+
+
+def test_the_verb_joins_and_proves(tmp_path):
+    """As `vistune assemble` does: the tower's folder decides that it becomes a FastVLM."""
+    for form, source in towers(tmp_path).items():
+        language = tiny_language(tmp_path / f"language {form}", "qwen2")
+        any_assemble(source, language, tmp_path / f"out {form}", resolution=256)
+        report = verify(tmp_path / f"out {form}", vision=source, language=language)
+        assert report.ok, [row.wrong for row in report.rows]
+        assert {"weights", "features"} <= {row.check for row in report.rows if row.part == "vision"}, form
