@@ -124,6 +124,24 @@ def test_an_mpt_reads_samples_up_to_its_length_and_no_further(folders):
     assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_activation_checkpointing_gives_the_same_gradients(folders, name):
+    loaded = load(folders / f"{name}-out")
+    ids, pixels = samples()
+    batch, model = pack(laid(loaded, ids), pixels), loaded.model.train()
+    loaded.family.hidden(model, *batch).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    runs = []
+    loaded.family.layers(model, "language")[0].register_forward_hook(lambda *_: runs.append(1))
+    next(loaded.family.layers(model, "language")[0].children()).register_forward_hook(lambda *_: runs.append(2))
+    loaded.family.hidden(model, *batch).square().sum().backward()
+    assert runs.count(2) == 2  # forward, and once more in backward
+    for each, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(each).grad, gradient)
+
+
 def test_alibi_begins_anew_in_each_sample(folders):
     """What stands in front in the pack changes nothing, however long it is; in half precision neither."""
     loaded = load(folders / "mpt-out")

@@ -17,12 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.test_llava_family import pack, samples, score
-from tests.tiny import tiny_language, tiny_vision
+from tests.tiny import GOLDEN, tiny_language, tiny_vision
 from vistune import images
 from vistune.models import clip, connectors
 from vistune.models.assemble import assemble
 from vistune.models.load import load
-from vistune.models.modeling_llava_variant import LlavaVariantForConditionalGeneration, at_scales
+from vistune.models.modeling_llava_variant import (
+    Connector,
+    LlavaVariantConfig,
+    LlavaVariantForConditionalGeneration,
+    at_scales,
+)
 from vistune.models.verify import verify
 
 CASES = {
@@ -212,6 +217,38 @@ def test_connectors_are_read_from_every_kind_of_place(folders, tmp_path):
     torch.save({"other": torch.zeros(2)}, tmp_path / "none.bin")
     with pytest.raises(ValueError, match="holds no connector, but other"):
         connectors.read(tmp_path / "none.bin")
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("llava-mlp2x_gelu-hubstyle", "mlp2x_gelu"),
+        ("llava-lora-mlp2x_gelu", "mlp2x_gelu"),
+        ("llava-linear", "linear"),
+        ("stage1-linear", "linear"),
+    ],
+)
+def test_connectors_of_original_checkpoints(folder, kind):
+    """A pickled model, what lies beside a LoRA adapter, safetensors, a first stage's file."""
+    assert connectors.kind(connectors.read(GOLDEN / "llava" / "tiny-llava-original" / folder), folder) == kind
+
+
+@pytest.mark.parametrize(
+    ("width", "said", "parameters"),
+    [
+        (4096, {}, 20_979_712),  # of the published 7B
+        (5120, {}, 31_467_520),  # of the published 13B
+        (4096, {"connector_type": "linear"}, 4_198_400),  # derived, as those below
+        (4096, {"s2_scales": [336, 672, 1008]}, 29_368_320),
+        (1024, {"connector_type": "identity"}, 0),
+    ],
+)
+def test_connectors_of_the_real_sizes(width, said, parameters):
+    vision = transformers.CLIPVisionConfig(hidden_size=1024, num_attention_heads=16, image_size=336, patch_size=14)
+    text = transformers.LlamaConfig(hidden_size=width, num_attention_heads=width // 128)
+    with torch.device("meta"):
+        connector = Connector(LlavaVariantConfig(vision_config=vision, text_config=text, **said))
+    assert sum(p.numel() for p in connector.parameters()) == parameters
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,14 @@ _OURS, _ORIGINAL = "multi_modal_projector.", "mm_projector."
 
 
 def read(source: Path | str) -> dict[str, Tensor]:
-    """The connector in an original `mm_projector.bin` (or its folder), a model folder, or any checkpoint.
+    """The connector in an original `mm_projector.bin` or `non_lora_trainables.bin` (or its folder), a model folder, or
+    any checkpoint.
 
     ValueError when there is none, or it is none that is known.
     """
     source = Path(source)
-    if source.is_dir() and (source / "mm_projector.bin").exists():
-        source = source / "mm_projector.bin"
+    for name in ("mm_projector.bin", "non_lora_trainables.bin"):  # of a first stage; beside a LoRA adapter
+        source = source / name if (source / name).exists() else source
     if not source.exists():
         raise ValueError(f"connector: {source}: no such file or folder")
     if source.is_file():
