@@ -261,6 +261,29 @@ def test_other_language_models(kind, tmp_path):
     assert isinstance(load(tmp_path / "there").config.text_config, transformers.CONFIG_MAPPING[kind])
 
 
+@pytest.mark.parametrize(
+    ("vision", "language", "more"),
+    [
+        ("clip", "llama", {"connector_type": "mlp3x_gelu", "start_end": True}),
+        ("clip", "llama", {"connector_type": "linear", "select": "cls_patch", "select_layer": -1}),
+        ("clip", "llama", {"s2_scales": "56,112"}),
+        ("siglip", "llama", {"connector_type": "identity", "image": "square"}),
+        ("clip", "mpt", {}),
+        ("clip", "llama", {"image": "anyres"}),
+    ],
+)
+def test_all_that_the_original_has_words_for(vision, language, more, tmp_path):
+    tiny_vision(tmp_path / "vision", vision, hidden=64 if "identity" in more.values() else 32)
+    tiny_language(tmp_path / "language", language)
+    assemble(tmp_path / "vision", tmp_path / "language", tmp_path / "whole", **more)
+    convert(tmp_path / "whole", tmp_path / "there", "llava", verify=True)
+    convert(tmp_path / "there", tmp_path / "back", "hf", verify=True)
+    assert same(weights.stored(tmp_path / "whole"), weights.stored(tmp_path / "back"))
+    one, other = load(tmp_path / "there"), load(tmp_path / "whole")
+    for name in ("family", "template_name", "layout", "start_end", "image_token_id"):
+        assert getattr(one, name) == getattr(other, name), name
+
+
 def test_any_model_gives_its_connector(tmp_path):
     tiny_vision(tmp_path / "clip")
     tiny_language(tmp_path / "llama", "llama")
@@ -331,6 +354,28 @@ def test_parts_of_a_lora_pair_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="in which no LoRA can be told from what it lies on"):
         convert(ORIGINAL / "llava-mlp2x_gelu", tmp_path / "out", "llava-lora", BASE)
     assert not (tmp_path / "out").exists()
+
+
+def test_lora_is_folded_where_the_adapter_says_and_nowhere_else(tmp_path):
+    """The adapter's targets are leaf names that the tower has too; its tensors say which paths are meant."""
+    folder = copied("llava-lora-mlp2x_gelu", tmp_path)
+    found = load(folder, base=BASE)
+    tower = load_file(ORIGINAL / "clip-tiny-patch14-56" / weights.SINGLE)
+    for name, value in found.model.model.vision_tower.state_dict().items():
+        assert torch.equal(value, tower[f"vision_model.{name}"])
+    base = load_file(BASE / weights.SINGLE)
+    assert torch.equal(found.model.lm_head.weight[:1000], base["lm_head.weight"])
+
+    path = "vision_model.encoder.layers.1.self_attn.q_proj"
+    pair = load_file(folder / "adapter_model.safetensors")
+    down, up = torch.randn(8, 32), torch.randn(32, 8)
+    pair[f"base_model.model.model.vision_tower.vision_tower.{path}.lora_A.weight"] = down
+    pair[f"base_model.model.model.vision_tower.vision_tower.{path}.lora_B.weight"] = up
+    save_file(pair, folder / "adapter_model.safetensors")
+    again = load(folder, base=BASE).model.model.vision_tower.state_dict()
+    wanted = tower[f"{path}.weight"] + up @ down * 2
+    torch.testing.assert_close(again[f"{path.removeprefix('vision_model.')}.weight"], wanted)
+    assert torch.equal(again["encoder.layers.0.self_attn.q_proj.weight"], tower[f"{path}.weight".replace(".1.", ".0.")])
 
 
 def test_a_pair_whose_model_has_learned_since(tmp_path):
