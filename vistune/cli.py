@@ -75,13 +75,15 @@ def chat(
     quantize: Annotated[
         str, typer.Option(help="8bit or 4bit: the language model's matrices; empty: as they are.")
     ] = "",
+    base: Annotated[str, typer.Option(help="The other half of a model that is an adapter alone.")] = "",
     device: Device = "auto",
 ) -> None:
     """Ask a model about pictures. Several turns; `/image FILE` adds a picture, `/new` starts over, Ctrl-D ends."""
     from vistune import generate
 
     settings = generate.Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    generate.converse(model, list(image or []), ask, settings, device, quantize)
+    loaded = generate.open_model(model, device, quantize, base or None)
+    generate.converse(loaded, list(image or []), ask, settings)
 
 
 @app.callback(invoke_without_command=True)

@@ -108,26 +108,34 @@ _EXPORTS = dict.fromkeys(
 
 
 def merge(
-    run: Annotated[Path, typer.Argument(help="A LoRA run, finished or not, or a peft adapter's folder.")],
+    run: Annotated[str, typer.Argument(help="A LoRA run, finished or not, or a peft adapter's folder.")],
     out: Annotated[str, typer.Option(help="The model folder to write; empty: merged/ in the run.")] = "",
     base: Annotated[str, typer.Option(help="The model that the adapter lies on; empty: as the run says.")] = "",
-    step: Annotated[int, typer.Option(help="The checkpoint to take; 0: the last.")] = 0,
+    step: Annotated[int, typer.Option(help="The checkpoint to take; -1: the last.")] = -1,
+    json: Json = False,
 ) -> None:
     """Fold a run's adapters into the model they were trained on, one tensor at a time."""
     from vistune.train import merge as room
 
-    room.merge(run, out or None, base=base or None, step=step or None)
+    only_json(json)
+    folder = room.merge(run, out or None, base=base or None, step=None if step < 0 else step)
+    if json:
+        console.print_json({"model": str(folder)})
 
 
 def fetch(
     id: Annotated[str, typer.Argument(help="A repository of the hub, such as llava-hf/llava-1.5-7b-hf.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     revision: Annotated[str, typer.Option(help="A branch, tag or commit; empty: main.")] = "",
+    json: Json = False,
 ) -> None:
     """Download a hub repository into a folder; the same command goes on where it stopped. Honours HF_ENDPOINT."""
     from vistune.models import hub
 
-    hub.fetch(id, out, revision or None)
+    only_json(json)
+    folder = hub.fetch(id, out, revision or None)
+    if json:
+        console.print_json({"folder": str(folder)})
 
 
 def only_json(json: bool) -> None:

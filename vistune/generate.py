@@ -249,25 +249,23 @@ def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Itera
         yield whole[len(said) :]
 
 
-def open_model(model: str | Path, device: str = "auto", quantize: str = "") -> Loaded:
+def open_model(model: str | Path, device: str = "auto", quantize: str = "", base: str | Path | None = None) -> Loaded:
     """What is to be asked, on its device: in bf16, on a CPU in fp32; or with its language model in "8bit" or "4bit".
 
-    `model`: a folder or checkpoint in any format, a run, a hub id. Raises ValueError.
+    `model`: a folder or checkpoint in any format, a run, a hub id; `base`: the other half of an adapter. Raises
+    ValueError.
     """
     place = ranks.start(device)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     if quantize:
-        return load_quantized(model, quantize, dtype=dtype, device=place)
-    loaded = load(model, dtype=dtype)
+        return load_quantized(model, quantize, dtype=dtype, device=place, base=base)
+    loaded = load(model, dtype=dtype, base=base)
     loaded.model.to(place)  # type: ignore[arg-type]
     return loaded
 
 
-def converse(
-    model: str | Path, pictures: list[Path], ask: str, settings: Settings, device: str = "auto", quantize: str = ""
-) -> None:
+def converse(loaded: Loaded, pictures: list[Path], ask: str, settings: Settings) -> None:
     """The terminal: one question with `ask`, else a conversation. Raises ValueError."""
-    loaded = open_model(model, device, quantize)
     talk = Terminal(Chat(loaded), settings, [Image(path=str(path)) for path in pictures])
     if ask:
         talk.answer(ask)

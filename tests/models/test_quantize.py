@@ -69,10 +69,10 @@ def test_every_family_answers_on_the_cpu(folders, name, kind, tmp_path):
 
 @each_kind
 def test_the_terminal_asks_a_quantised_model(start, kind, capsys):
-    generate.converse(start, [], "what?", generate.Settings(max_new_tokens=2), "cpu", kind)
+    generate.converse(generate.open_model(start, "cpu", kind), [], "what?", generate.Settings(max_new_tokens=2))
     assert f"loaded in {kind}: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="there are 8bit and 4bit"):
-        generate.converse(start, [], "what?", generate.Settings(), "cpu", "int4")
+        generate.open_model(start, "cpu", "int4")
 
 
 @pytest.mark.parametrize(("kind", "double", "most"), [("8bit", False, 0.05), ("4bit", False, 0.4), ("4bit", True, 0.4)])
