@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import io
 import pickle
 import random
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +204,35 @@ def trained(folder: Path, change: Any, **more: Any) -> Path:
     return folder
 
 
-def test_a_training_checkpoint_gives_its_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def megatrons(monkeypatch: pytest.MonkeyPatch, module: str, name: str, kinds: tuple[type, ...]) -> Any:
+    """An enumeration as Megatron has it, which only the writing of a test file can import."""
+    made = enum.Enum(name, {"first": "first"}, module=module, qualname=name, type=kinds[0] if kinds else None)
+    for i in range(module.count(".") + 1):
+        part = ".".join(module.split(".")[: i + 1])
+        monkeypatch.setitem(sys.modules, part, sys.modules.get(part) or types.ModuleType(part))
+    setattr(sys.modules[module], name, made)
+    return made("first")
+
+
+def test_a_training_checkpoint_gives_its_weights_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(), "torch": torch.zeros(3)}
-    more = {"optimizer": {"state": torch.zeros(2)}, "opt_param_scheduler": {"lr": 1.0}, "rng_state": [state]}
-    folder = trained(tmp_path / "run", lambda payload: setattr(payload["args"], "exit_signal", signal.SIGTERM), **more)
+    more: dict[str, Any] = {
+        "optimizer": {"state": torch.zeros(2)},
+        "opt_param_scheduler": {"lr": 1.0},
+        "rng_state": [state],
+    }
+    with monkeypatch.context() as megatron:
+        mode = megatrons(megatron, "megatron.core.rerun_state_machine", "RerunMode", (str,))
+        odd = {
+            "attention_backend": megatrons(megatron, "megatron.core.transformer.enums", "AttnBackend", ()),
+            "exit_signal": signal.SIGTERM,
+            "params_dtype": torch.bfloat16,
+        }
+        more["rerun_state_machine"] = {"mode": mode, "sharded": {"current_iteration": 12}}
+        folder = trained(tmp_path / "run", lambda payload: vars(payload["args"]).update(odd), **more)
+    assert "megatron" not in sys.modules
     found = checkpoints.read(folder, base=STAGE0)
     same(read(found.tensors), read(weights.stored(STAGE0)))
     assert "left behind" in capsys.readouterr().out

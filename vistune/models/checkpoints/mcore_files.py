@@ -44,10 +44,19 @@ class Inert:
 
 # All that Megatron's files hold beside tensors and plain containers. The blobs in BytesIO are never opened.
 _NEVER_USED = (
+    "megatron.core.enums.Fp8Recipe",
     "megatron.core.enums.ModelType",
+    "megatron.core.rerun_state_machine.Call",
+    "megatron.core.rerun_state_machine.Caller",
+    "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+    "megatron.core.rerun_state_machine.RerunValidationStatus",
     "megatron.core.transformer.enums.AttnBackend",
     "megatron.core.transformer.enums.AttnMaskType",
+    "megatron.core.transformer.enums.AttnType",
     "megatron.core.transformer.enums.LayerType",
+    "megatron.core.transformer.enums.ModelType",
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
     "numpy.dtype",
