@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,7 +83,7 @@ def convert(
     if to in _EXPORTS:
         raise ValueError(f"--to {to}: {_EXPORTS[to]}")
     spread = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
-    said = {"template": template} if template else {}
+    said: dict[str, Any] = {"template": template} if template else {}
     try:
         done = room.convert(
             source,
