@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,15 +14,16 @@ from tests.models.test_checkpoint_llava import same
 from vistune.models import checkpoints, weights
 from vistune.models.convert import convert
 
-# As `convert` does it, with a rest after every tensor, so that there is a middle to be interrupted in.
-SLOWLY = """
-import sys, time
-from vistune.models import convert, weights
-write = weights.write_file
-slow = lambda file, tensors, written: write(file, tensors, lambda done: (written(done), time.sleep(0.1)))
-weights.write_file = slow
-convert.convert(sys.argv[1], sys.argv[2])
-"""
+
+def slowly(source, out):
+    """As `convert` does it, with a rest after every tensor, so that there is a middle to be interrupted in."""
+    write = weights.write_file
+
+    def resting(file, tensors, written):
+        write(file, tensors, lambda done: (written(done), time.sleep(0.05)))
+
+    weights.write_file = resting
+    convert(source, out)
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +42,21 @@ def test_memory_grows_by_less_than_the_largest_shard(source, tmp_path):
 
 def test_an_interrupted_conversion_leaves_no_half_of_it(source, tmp_path):
     signals = {"killed": signal.SIGKILL, "stopped": signal.SIGINT}
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", SLOWLY, str(source), str(tmp_path / name)],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        for name in signals
-    }
+    fork = multiprocessing.get_context("fork")  # the imports, which take the most time, are there already
+    running = {name: fork.Process(target=slowly, args=(source, tmp_path / name)) for name in signals}
+    for process in running.values():
+        process.start()
     for name, process in running.items():
         half = tmp_path / f"{name}.tmp" / weights.SINGLE
         for _ in range(300):
             if half.exists() and half.stat().st_size > 1_000_000:
                 break
             time.sleep(0.1)
-        assert half.exists() and process.poll() is None
+        assert half.exists() and process.is_alive()
         os.kill(process.pid, signals[name])
-    assert all(process.wait(60) != 0 for process in running.values())
+    for process in running.values():
+        process.join(60)
+        assert process.exitcode not in (0, None)
     # What was asked to stop cleans up; what was killed leaves what the next run takes away.
     assert [path.name for path in tmp_path.iterdir()] == ["killed.tmp"]
     convert(source, tmp_path / "killed")
