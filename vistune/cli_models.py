@@ -27,6 +27,11 @@ def assemble(
     start_end: Annotated[bool, typer.Option(help="Put <im_start> and <im_end> around every picture.")] = False,
     s2_scales: Annotated[str, typer.Option(help='Several scales seen at once, such as "336,672,1008".')] = "",
     resolution: Annotated[int, typer.Option(help="Side of a picture for FastViTHD; 0: as its folder says.")] = 0,
+    tie: Annotated[
+        bool | None,
+        typer.Option("--tie/--untie", help="The head and the embedding; neither: as the language model has it."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: each part keeps its own.")] = "",
     seed: Annotated[int, typer.Option(help="Of a fresh connector.")] = 0,
     json: Json = False,
 ) -> None:
@@ -35,10 +40,14 @@ def assemble(
     CLIP, SigLIP and DINOv2 make a LLaVA, or with --image anyres a LLaVA-NeXT; RICE a LLaVA-OneVision-1.5; FastViTHD a
     FastVLM.
     """
+    import torch
+
     from vistune.models import assemble as room
     from vistune.models import verify
 
     only_json(json)
+    if dtype not in ("", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     room.assemble(
         vision=vision,
         language=language,
@@ -52,6 +61,8 @@ def assemble(
         start_end=start_end,
         s2_scales=s2_scales or None,
         resolution=resolution or None,
+        tie=tie,
+        dtype=getattr(torch, dtype) if dtype else None,
         seed=seed,
     )
     report = verify.verify(out, vision=vision, language=language)
@@ -72,8 +83,8 @@ def convert(
         False
     ),
     template: Annotated[str, typer.Option(help="Chat template; empty: as the source says.")] = "",
-    tensor_parallel: Annotated[int, typer.Option(help="Of an mcore target.")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="Of an mcore target.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="Of an mcore target; 0: as the source came, else 1.")] = 0,
+    pipeline_parallel: Annotated[int, typer.Option(help="Of an mcore target; 0: as the source came, else 1.")] = 0,
     json: Json = False,
 ) -> None:
     """Write a model in another format, one tensor at a time. What the source is, its contents say."""
@@ -91,7 +102,7 @@ def convert(
             to,
             base or None,
             verify=verify,
-            settings={key: value for key, value in spread.items() if value != 1},
+            settings={key: value for key, value in spread.items() if value},
             **said,
         )
     except room.NotTheSame as error:
