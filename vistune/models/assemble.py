@@ -14,7 +14,7 @@ import torch
 from vistune.models import assemble_fastvlm, assemble_next, assemble_onevision15
 from vistune.models.assemble_llava import STOCK_TYPE, assemble_llava
 from vistune.models.folders import Described, read_config
-from vistune.models.parts import resolve
+from vistune.models.hub import resolve
 
 # model_type of a folder that holds a FastViTHD: Apple's checkpoints, the stock class's folders, the tower alone.
 _FASTVITHD = ("llava_qwen2", "fast_vlm", "timm_wrapper")

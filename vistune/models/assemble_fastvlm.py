@@ -21,7 +21,7 @@ from vistune.models.families import family
 from vistune.models.fastvithd import ARCHITECTURE, Sizes, Tower
 from vistune.models.folders import beside, quiet, read_config, write_described
 from vistune.models.load import COMPUTED, Loaded, commonest_type, load
-from vistune.models.parts import resolve
+from vistune.models.hub import resolve
 from vistune.models.proof import TOLERANCE, Row, difference
 from vistune.models.weights import Entry
 

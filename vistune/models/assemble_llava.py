@@ -21,7 +21,8 @@ from vistune.models.families import Family, family
 from vistune.models.folders import savable
 from vistune.models.load import Loaded, save
 from vistune.models.modeling_llava_variant import Connector, depth, leading_tokens
-from vistune.models.parts import read_language, read_vision, resolve
+from vistune.models.hub import resolve
+from vistune.models.parts import read_language, read_vision
 from vistune.samples import IMAGE_MARK
 
 STOCK_TYPE = "mlp2x_gelu"

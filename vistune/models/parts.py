@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,36 +26,8 @@ VISION = {
     "dinov2": ("Dinov2Model", transformers.BitImageProcessorPil),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", transformers.BitImageProcessorPil),
 }
-_OTHER_FORMATS = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite", "original/*", "onnx/*")
 
 _OTHER_HALF = r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)|position_ids$"
-
-
-def resolve(part: str | Path, what: str) -> Path:
-    """The folder of a part: as given, or a hub id's snapshot, from the local cache or else downloaded."""
-    if Path(part).is_dir():
-        return Path(part)
-    name = str(part)
-    if cached := _cached(name):
-        return cached
-    try:
-        files = [file.rfilename for file in HfApi().model_info(name).siblings or []]
-        twice = ["*.bin"] if any(file.endswith(".safetensors") for file in files) else []
-        return Path(snapshot_download(name, ignore_patterns=[*_OTHER_FORMATS, *twice]))
-    except Exception as error:
-        raise ValueError(
-            f"{what}: {name!r} is neither a folder nor a hub repository in the local cache, and it could not be "
-            f"downloaded ({str(error).splitlines()[0]}). Give a folder, or fetch it where there is a network: "
-            f"hf download {name}"
-        ) from error
-
-
-def _cached(name: str) -> Path | None:
-    """A hub repository's snapshot in the local cache."""
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, OSError):
-        return None
 
 
 def read_vision(folder: Path, dtype: torch.dtype | str, *, finite: bool = True) -> tuple[Any, Any]:

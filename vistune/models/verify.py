@@ -18,7 +18,8 @@ from vistune.models.families import Family
 from vistune.models.finite import first_nonfinite
 from vistune.models.folders import Described
 from vistune.models.load import build, nonfinite
-from vistune.models.parts import inside, read_language, read_vision, resolve
+from vistune.models.hub import resolve
+from vistune.models.parts import inside, read_language, read_vision
 from vistune.models.proof import TOLERANCE, Report, Row, difference
 from vistune.models.verify_onevision15 import compare_vision
 from vistune.models.weights import Entry

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import CONFIG_MAPPING, AddedToken, AutoTokenizer, PretrainedConfig
 
 from vistune import chat
-from vistune.models import clip, weights
+from vistune.models import clip, hub, weights
 from vistune.models.checkpoints import llava_names
 from vistune.models.families import Family
 from vistune.models.folders import Described, quiet, read_config, read_generation, refuse_unknown
@@ -57,7 +55,7 @@ def vision(raw: Mapping[str, Any], places: Sequence[Path], given: Path | None, *
     name = str(raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
     tried = [given] if given else _candidates(name, places)
     folder = next((path for path in tried if (path / "config.json").is_file()), None) or (
-        None if given else _cached(name)
+        None if given else hub.cached(name)
     )
     if folder is not None:
         return _read(folder)
@@ -66,7 +64,7 @@ def vision(raw: Mapping[str, Any], places: Sequence[Path], given: Path | None, *
     named = ", ".join(dict.fromkeys(str(path) for path in tried))
     raise ValueError(
         f"{places[0]}: config.json names the vision tower {name!r}, which is not at {named} nor in the hub's cache; "
-        f"give its folder with --base, or fetch it where there is a network: vistune fetch {name}"
+        f"give its folder with --base, or fetch it where there is a network: vistune fetch {name} --out {Path(name).name}"
     )
 
 
@@ -75,14 +73,6 @@ def _candidates(name: str, places: Sequence[Path]) -> list[Path]:
         return []
     near = [place / path for place in places for path in (Path(name).name, name)]
     return [*near, *(place.resolve().parent / name for place in places), Path(name).expanduser()]
-
-
-def _cached(name: str) -> Path | None:
-    """A hub repository's snapshot in the local cache."""
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, OSError):
-        return None
 
 
 def _read(folder: Path) -> Vision:
