@@ -24,8 +24,8 @@ import torch
 import transformers
 from measure import machine
 
-from vistune.models import clip, fastvithd
 from vistune.models.families import family
+from vistune.models.towers import clip, fastvithd
 
 HERE = Path(__file__).resolve().parent
 SIDES = (256, 512, 768, 1024)

@@ -61,7 +61,8 @@ LATE: dict[str, str] = {
     "torch.nn.attention.varlen": "not on every device and build",
 }
 LATE_FILES = dict.fromkeys(
-    ("cli.py", "cli_data.py", "cli_models.py"), "a verb imports its room when it is asked for, so that --help answers at once"
+    ("cli.py", "cli_data.py", "cli_models.py"),
+    "a verb imports its room when it is asked for, so that --help answers at once",
 )
 
 SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers", "yaml": "pyyaml"}

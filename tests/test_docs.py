@@ -112,7 +112,7 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
     for words, rest in typed:
         name = words if words in COMMANDS else words.split()[0]
         assert name in COMMANDS, f"`vistune {words}`: no such command"
-        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        known = {one for parameter in COMMANDS[name].params for one in (*parameter.opts, *parameter.secondary_opts)}
         given = set(re.findall(r"(?<!\S)(--[a-z][\w-]*)", rest))
         assert given <= known, f"`vistune {words}`: has no {given - known}"
 

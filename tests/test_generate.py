@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from queue import Queue
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 from tests.tiny import tiny_language, tiny_vision
+from vistune import generate
 from vistune.generate import Chat, Settings, Terminal, answer_batch, prompt
 from vistune.models.assemble import assemble
 from vistune.models.load import load
@@ -102,6 +105,20 @@ def test_an_answer_ends_at_the_templates_stop(folder):
     whole = "".join(Chat(loaded).ask("Hi", max_new_tokens=50))
     assert len(steps) == 4
     assert "</s>" not in whole and "<|im_end|>" not in whole
+
+
+@pytest.mark.parametrize("spoken", ["<0x24>", "<0x24> <0xF0> <0xF0>", "<0xE4> <0xBD> <0xA0> ▁red <0x24> <0xC3>"])
+def test_pieces_join_to_the_whole_answer_also_of_single_bytes(folder, spoken, monkeypatch):
+    """Bytes that are no character together are each shown as one that is not: a byte is settled by what follows it."""
+    loaded = load(folder)
+    if "<0x24>" not in loaded.tokenizer.get_vocab():
+        pytest.skip("this tokenizer has no tokens for single bytes")
+    ids = loaded.tokenizer.convert_tokens_to_ids(["▁red", *spoken.split(), "▁cup"])
+    queue: Queue = Queue()
+    for one in (*ids, None):
+        queue.put(one)
+    whole = loaded.tokenizer.decode(ids).strip()
+    assert "".join(generate._readable(loaded, queue)) == whole
 
 
 def test_closing_the_stream_ends_the_generation(folder):

@@ -43,7 +43,7 @@ def assemble(
     import torch
 
     from vistune.models import assemble as room
-    from vistune.models import verify
+    from vistune.models.proving import verify
 
     only_json(json)
     if dtype not in ("", "float32", "bfloat16", "float16"):

@@ -5,6 +5,7 @@ Builds prompts as training does and decodes through the stock `generate`. Knows 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -238,7 +239,7 @@ def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Itera
         if isinstance(one, BaseException):
             raise one
         ids.append(one)
-        text = _text(loaded, ids).rstrip("\ufffd")
+        text = _text(loaded, _settled(loaded, ids)).rstrip("\ufffd")
         held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
         certain = text[: len(text) - held]
         if certain.startswith(said) and len(certain) > len(said):
@@ -247,6 +248,17 @@ def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Itera
     whole = _text(loaded, ids)
     if len(whole) > len(said):
         yield whole[len(said) :]
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _settled(loaded: Loaded, ids: list[int]) -> list[int]:
+    """`ids` without the single bytes at their end: what those say depends on the bytes that follow."""
+    end = len(ids)
+    while end and _BYTE.fullmatch(loaded.tokenizer.convert_ids_to_tokens(ids[end - 1]) or ""):
+        end -= 1
+    return ids[:end]
 
 
 def open_model(model: str | Path, device: str = "auto", quantize: str = "", base: str | Path | None = None) -> Loaded:

@@ -13,10 +13,10 @@ import torch
 from transformers import MLCDVisionConfig, MLCDVisionModel, Qwen3Config, Qwen3ForCausalLM
 
 from vistune.models import weights
-from vistune.models.assemble_onevision15 import assemble_onevision15, vision_names
-from vistune.models.finite import first_nonfinite
+from vistune.models.assembling.onevision15 import assemble_onevision15, vision_names
 from vistune.models.load import load
-from vistune.models.verify import verify
+from vistune.models.proving.finite import first_nonfinite
+from vistune.models.proving.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "onevision15"
 RICE, QWEN3, ADAPTER = GOLDEN / "tiny-rice", GOLDEN / "tiny-qwen3", GOLDEN / "tiny-adapter" / "mm_projector.safetensors"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.tiny import GOLDEN
-from vistune.models import clip
 from vistune.models.load import load
+from vistune.models.towers import clip
 
 ORIGINAL = GOLDEN / "llava" / "tiny-llava-original"
 WORDS = 1000

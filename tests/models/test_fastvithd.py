@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FastVlmConfig
 
 from tests.tiny_fastvlm import FASTVLM, SIZES, spread
-from vistune.models import fastvithd
+from vistune.models.towers import fastvithd
 
 MARK = "model.vision_tower."
 

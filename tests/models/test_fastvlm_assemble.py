@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_language, tiny_vision
 from tests.tiny_fastvlm import golden_hf, golden_original, tiny_fastvlm
-from vistune.models import assemble_fastvlm
 from vistune.models.assemble import assemble as any_assemble
-from vistune.models.assemble_fastvlm import assemble, compare_vision, read_tower
+from vistune.models.assembling import fastvlm as assemble_fastvlm
+from vistune.models.assembling.fastvlm import assemble, compare_vision, read_tower
 from vistune.models.checkpoints import fastvlm_names
 from vistune.models.load import load
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
 
 APPLE, TIMM = fastvlm_names.APPLE, fastvlm_names.TIMM
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.tiny_fastvlm import tiny_fastvlm
-from vistune.models import fastvithd
 from vistune.models.load import load
+from vistune.models.towers import fastvithd
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import GOLDEN, tiny_language, tiny_vision
 from vistune import images
-from vistune.models import connectors, weights
+from vistune.models import weights
 from vistune.models.assemble import assemble
+from vistune.models.assembling import connectors
 from vistune.models.load import check_save, load, save, stored_tensors
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
 
 ORIGINAL = GOLDEN / "llava" / "tiny-llava-original"
 
@@ -194,7 +195,7 @@ def test_weights_that_do_not_fit_are_refused(stage0, tmp_path):
 
 
 def test_bad_parts_are_refused(parts, tmp_path):
-    with pytest.raises(ValueError, match="neither a folder nor a hub repository in the local cache"):
+    with pytest.raises(ValueError, match="neither a folder nor whole in the local cache"):
         assemble("nobody/nothing", parts / "llama", tmp_path / "out")
     with pytest.raises(ValueError, match="a vision tower can be one of clip"):
         assemble(parts / "llama", parts / "llama", tmp_path / "out")

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.tiny import GOLDEN
-from vistune.models import clip
 from vistune.models.families import family
+from vistune.models.towers import clip
 
 ORIGINAL = GOLDEN / "llava" / "tiny-llava-original"
 NAME, IMAGE, WORDS = "llava-mlp2x_gelu", 1000, 1000

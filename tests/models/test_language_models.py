@@ -11,10 +11,11 @@ import transformers
 
 from tests.models.test_llava_family import pack, samples, score
 from tests.tiny import tiny_language, tiny_vision
-from vistune.models import modeling_llava_variant, parts
 from vistune.models.assemble import assemble
+from vistune.models.assembling import parts
 from vistune.models.load import load, save
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
+from vistune.models.shipped import modeling_llava_variant
 
 LLAMA_3 = {
     "rope_parameters": {

@@ -18,9 +18,9 @@ from vistune import images
 from vistune.generate import Chat, answer_batch
 from vistune.models import weights
 from vistune.models.assemble import assemble as assemble_llava
-from vistune.models.assemble_next import assemble, cut_into_tiles
+from vistune.models.assembling.llava_next import assemble, cut_into_tiles
 from vistune.models.load import check_save, describe, load, save
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
 from vistune.samples import Image
 
 SIZES = [(97, 140), (200, 60), (30, 31)]

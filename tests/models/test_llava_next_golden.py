@@ -14,9 +14,9 @@ from tests.models.test_golden_llava import stock_name
 from tests.tiny import GOLDEN
 from vistune.anyres import AnyresLayout
 from vistune.images import normalize, open_image
-from vistune.models import clip
 from vistune.models.families import family
 from vistune.models.families.llava_next import config_from_original
+from vistune.models.towers import clip
 from vistune.samples import Image
 
 ORIGINAL = GOLDEN / "llava" / "tiny-llava-original"

@@ -19,7 +19,7 @@ from vistune import inputs, prove
 from vistune.data.loader import load as load_batches
 from vistune.generate import Chat
 from vistune.models import weights
-from vistune.models.assemble_next import assemble
+from vistune.models.assembling.llava_next import assemble
 from vistune.models.load import describe, load
 from vistune.samples import Image
 from vistune.train import metrics, stage

@@ -23,8 +23,11 @@ from vistune.generate import prompt
 from vistune.images import normalize, open_image
 from vistune.models.families import family
 from vistune.models.load import load, save
-from vistune.models.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
-from vistune.models.processing_llavaonevision1_5 import LLaVAOneVision1_5_ImageProcessor, LLaVAOneVision1_5_Processor
+from vistune.models.shipped.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
+from vistune.models.shipped.processing_llavaonevision1_5 import (
+    LLaVAOneVision1_5_ImageProcessor,
+    LLaVAOneVision1_5_Processor,
+)
 from vistune.native import NativeLayout
 from vistune.samples import Image, Message
 
@@ -126,8 +129,8 @@ def test_the_folder_is_whole_and_equal(written: Path) -> None:
     for file in written.glob("*llavaonevision1_5.py"):
         code = file.read_text()
         assert "vistune.models" not in code
-        ours = Path(sys.modules[f"vistune.models.{file.stem}"].__file__).read_text()
-        assert code == ours.replace("from vistune.models.", "from .")
+        ours = Path(sys.modules[f"vistune.models.shipped.{file.stem}"].__file__).read_text()
+        assert code == ours.replace("from vistune.models.shipped.", "from .")
     assert len(list(written.glob("*.py"))) == 3 and load(written).layout == load(START).layout
     tokens = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (START, written)]
     for key in ("additional_special_tokens", "processor_class", "eos_token", "pad_token", "tokenizer_class"):

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 import transformers
 
 from vistune.generate import Settings, _generate, prompt
-from vistune.models import attention, rice
-from vistune.models.configuration_llavaonevision1_5 import Llavaonevision1_5Config, RiceConfig
+from vistune.models import attention
 from vistune.models.load import Loaded, load
-from vistune.models.modeling_llavaonevision1_5 import (
+from vistune.models.shipped.configuration_llavaonevision1_5 import Llavaonevision1_5Config, RiceConfig
+from vistune.models.shipped.modeling_llavaonevision1_5 import (
     LLaVAOneVision1_5_ForConditionalGeneration,
     RiceTransformerPretrainedModel,
 )
+from vistune.models.towers import rice
 from vistune.samples import Image, Message
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "onevision15"

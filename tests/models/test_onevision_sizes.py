@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from vistune.models.configuration_llavaonevision1_5 import Llavaonevision1_5Config
 from vistune.models.families import family
-from vistune.models.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
+from vistune.models.shipped.configuration_llavaonevision1_5 import Llavaonevision1_5Config
+from vistune.models.shipped.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
 
 ONE = family("onevision15")
 

@@ -15,7 +15,7 @@ from vistune import chat, generate, inputs
 from vistune.models import weights
 from vistune.models.assemble import assemble
 from vistune.models.load import describe, load
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
 from vistune.samples import Image, Message
 from vistune.train import metrics, stage
 

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.test_llava_family import pack, samples, score
 from tests.tiny import tiny_language, tiny_vision
 from vistune import images
-from vistune.models import clip, parts
 from vistune.models.assemble import assemble
+from vistune.models.assembling import parts
 from vistune.models.families import family
 from vistune.models.load import load
-from vistune.models.modeling_llava_variant import LlavaVariantForConditionalGeneration
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
+from vistune.models.shipped.modeling_llava_variant import LlavaVariantForConditionalGeneration
+from vistune.models.towers import clip
 
 PATCHES, REGISTERS = 16, 4
 # What is assembled: tower, its options, what of it is used; then the family that holds it, and the tokens of an image.

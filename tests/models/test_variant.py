@@ -19,16 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.test_llava_family import pack, samples, score
 from tests.tiny import GOLDEN, tiny_language, tiny_vision
 from vistune import images
-from vistune.models import clip, connectors
 from vistune.models.assemble import assemble
+from vistune.models.assembling import connectors
 from vistune.models.load import load
-from vistune.models.modeling_llava_variant import (
+from vistune.models.proving.verify import verify
+from vistune.models.shipped.modeling_llava_variant import (
     Connector,
     LlavaVariantConfig,
     LlavaVariantForConditionalGeneration,
     at_scales,
 )
-from vistune.models.verify import verify
+from vistune.models.towers import clip
 
 CASES = {
     "linear": {"connector_type": "linear", "start_end": True},

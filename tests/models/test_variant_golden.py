@@ -11,9 +11,10 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.models.test_golden_llava import IMAGE, ORIGINAL, WORDS, packed
-from vistune.models import clip, connectors
+from vistune.models.assembling import connectors
 from vistune.models.families import family
-from vistune.models.modeling_llava_variant import LlavaVariantConfig, LlavaVariantForConditionalGeneration
+from vistune.models.shipped.modeling_llava_variant import LlavaVariantConfig, LlavaVariantForConditionalGeneration
+from vistune.models.towers import clip
 
 NAME = "llava-linear"
 VARIANT = family("llava_variant")

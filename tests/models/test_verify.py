@@ -10,7 +10,7 @@ from tests.tiny import tiny_language
 from tests.tiny_fastvlm import tiny_fastvlm
 from vistune.models import weights
 from vistune.models.assemble import assemble
-from vistune.models.verify import verify
+from vistune.models.proving.verify import verify
 
 
 def test_a_fastvlm_is_proved_and_a_changed_tower_is_found(tmp_path: Path) -> None:

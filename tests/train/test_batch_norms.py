@@ -1,4 +1,4 @@
-"""Statistics that move with the data (FastViTHD's batch norms): in checkpoints, and the same on every rank."""
+"""Statistics that move with the data (FastViTHD's batch norms): the same on every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.made import made_data, made_recipe
 from tests.runs import run_both
 from tests.tiny_fastvlm import tiny_fastvlm
-from vistune.train import loop, parallel, stage
+from vistune.train import parallel, stage
 
 LEARN = {"connector": 1e-3, "vision": 2e-4}
 
@@ -24,30 +24,9 @@ def recipe(made, run, learn=LEARN):
     return made_recipe(*made, run, learn=learn, train={"steps": 4, "batch": 4}, data={"length": 512})
 
 
-def tensors(run):
-    return load_file(run / "model" / "model.safetensors")
-
-
 def statistics(run):
-    return {name: value for name, value in tensors(run).items() if "running" in name or "num_batches" in name}
-
-
-def test_a_run_that_was_cut_short_ends_with_the_same_statistics(made, tmp_path, monkeypatch, one_thread):
-    stage.run(recipe(made, tmp_path / "whole"))
-    real = loop.Loop.step
-
-    def failing(self, *args):
-        if self.state.step == 3:
-            raise RuntimeError("power cut")
-        return real(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(loop.Loop, "step", failing)
-        stage.run(recipe(made, tmp_path / "cut"))
-    stage.run(recipe(made, tmp_path / "cut"))
-    assert statistics(tmp_path / "whole")
-    for name, value in tensors(tmp_path / "whole").items():
-        assert torch.equal(value, tensors(tmp_path / "cut")[name]), name
+    held = load_file(run / "model" / "model.safetensors")
+    return {name: value for name, value in held.items() if "running" in name or "num_batches" in name}
 
 
 def test_a_frozen_tower_keeps_its_statistics(made, tmp_path):

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from vistune.models import assemble_fastvlm, assemble_next, assemble_onevision15
-from vistune.models.assemble_llava import STOCK_TYPE, assemble_llava
+from vistune.models.assembling import fastvlm as assemble_fastvlm
+from vistune.models.assembling import llava_next as assemble_next
+from vistune.models.assembling import onevision15 as assemble_onevision15
+from vistune.models.assembling.llava import STOCK_TYPE, assemble_llava
 from vistune.models.folders import Described, read_config
 from vistune.models.hub import resolve
 

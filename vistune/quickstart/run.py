@@ -17,8 +17,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vistune import console, generate, images, recipe
-from vistune.models import assemble, verify
+from vistune.models import assemble
 from vistune.models.load import Loaded, load, quiet
+from vistune.models.proving import verify
 from vistune.quickstart import picture, scenes
 from vistune.samples import IMAGE_MARK, Image
 from vistune.train import stage

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vistune.models.fastvithd import ARCHITECTURE, Sizes
+from vistune.models.towers.fastvithd import ARCHITECTURE, Sizes
 
 APPLE, TIMM = "model.vision_tower.vision_tower.model.", "model.vision_tower.timm_model."
 """What stands before a tower's names in Apple's checkpoint, and in a model folder."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from vistune.models import clip, families
+from vistune.models import families
 from vistune.models.families import Family, llava_next
 from vistune.models.folders import Described
+from vistune.models.towers import clip
 
 # The language models that the original has a class for (Qwen2's is of its successors), and the class.
 CLASSES = {

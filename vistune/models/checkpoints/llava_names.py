@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from vistune.models import connectors
+from vistune.models.assembling import connectors
 from vistune.models.families import Family
 
 CONNECTOR, VISION, NEWLINE = "mm_projector.", "vision_tower.vision_tower.", "image_newline"

@@ -13,11 +13,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AddedToken, AutoTokenizer, PretrainedConfig
 
 from vistune import chat
-from vistune.models import clip, hub, weights
+from vistune.models import hub, weights
 from vistune.models.checkpoints import llava_names
 from vistune.models.families import Family
 from vistune.models.folders import Described, quiet, read_config, read_generation, refuse_unknown
 from vistune.models.load import COMPUTED
+from vistune.models.towers import clip
 from vistune.models.weights import Entry
 from vistune.samples import IMAGE_MARK
 
@@ -64,7 +65,8 @@ def vision(raw: Mapping[str, Any], places: Sequence[Path], given: Path | None, *
     named = ", ".join(dict.fromkeys(str(path) for path in tried))
     raise ValueError(
         f"{places[0]}: config.json names the vision tower {name!r}, which is not at {named} nor in the hub's cache; "
-        f"give its folder with --base, or fetch it where there is a network: vistune fetch {name} --out {Path(name).name}"
+        f"give its folder with --base, or fetch it where there is a network: "
+        f"vistune fetch {name} --out {Path(name).name}"
     )
 
 

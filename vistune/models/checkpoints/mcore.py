@@ -29,8 +29,8 @@ from vistune.models.checkpoints.mcore_layout import (
     whole,
 )
 from vistune.models.checkpoints.onevision15 import HOLDS, is_tied, published
-from vistune.models.fit import check, refuse
 from vistune.models.folders import describe
+from vistune.models.proving.fit import check, refuse
 from vistune.models.weights import Entry, held
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -31,9 +31,10 @@ from transformers.models.fast_vlm.modeling_fast_vlm import (
 )
 
 from vistune.images import FixedLayout, Layout
-from vistune.models import attention, clip, fastvithd
+from vistune.models import attention
 from vistune.models import language as lm
 from vistune.models.flops import Piece, learns, linear_weights, total
+from vistune.models.towers import clip, fastvithd
 from vistune.samples import IMAGE_MARK
 
 RESOLUTIONS = range(256, 1536 + 1, fastvithd.STRIDE)
@@ -50,7 +51,7 @@ class _Inner(FastVlmModel):
 
 
 class FastVlm(FastVlmForConditionalGeneration):
-    """The stock class with `vistune.models.fastvithd` as its tower: same tensors, same forward, same `generate`."""
+    """The stock class with our FastViTHD as its tower: same tensors, same forward, same `generate`."""
 
     def __init__(self, config: Any):
         FastVlmPreTrainedModel.__init__(self, config)

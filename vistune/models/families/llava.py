@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PretrainedConfig, PreTrainedModel
 
 from vistune.images import Layout
-from vistune.models import attention, clip
+from vistune.models import attention
 from vistune.models import language as lm
 from vistune.models.families import family
 from vistune.models.flops import total
+from vistune.models.towers import clip
 from vistune.samples import IMAGE_MARK
 
 # The names of the published llava-hf folders, which every version of `transformers` and vLLM reads.

@@ -24,9 +24,9 @@ from transformers import (
 
 from vistune.anyres import AnyresLayout, check_pinpoints
 from vistune.images import Layout, settings
-from vistune.models import clip
 from vistune.models import language as lm
 from vistune.models.families.llava import Llava
+from vistune.models.towers import clip
 
 NEWLINE = "image_newline"
 

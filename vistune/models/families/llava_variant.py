@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, LlavaProcessor, PretrainedConfig, PreTrainedModel
 
-from vistune.models import clip, modeling_llava_variant, mpt
 from vistune.models import language as lm
+from vistune.models import mpt
 from vistune.models.families.llava import Llava
 from vistune.models.folders import quiet
-from vistune.models.modeling_llava_variant import LlavaVariantConfig, LlavaVariantForConditionalGeneration
+from vistune.models.shipped import modeling_llava_variant
+from vistune.models.shipped.modeling_llava_variant import LlavaVariantConfig, LlavaVariantForConditionalGeneration
+from vistune.models.towers import clip
 
 _SOURCE = Path(modeling_llava_variant.__file__)
 _CLASSES = {"AutoConfig": LlavaVariantConfig, "AutoModelForImageTextToText": LlavaVariantForConditionalGeneration}

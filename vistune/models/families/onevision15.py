@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vistune.images import Layout
-from vistune.models import (
-    attention,
-    clip,
+from vistune.models import attention
+from vistune.models import language as lm
+from vistune.models.flops import total
+from vistune.models.shipped import (
     configuration_llavaonevision1_5,
     modeling_llavaonevision1_5,
     processing_llavaonevision1_5,
-    rice,
 )
-from vistune.models import language as lm
-from vistune.models.configuration_llavaonevision1_5 import Llavaonevision1_5Config
-from vistune.models.flops import total
-from vistune.models.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
-from vistune.models.processing_llavaonevision1_5 import LLaVAOneVision1_5_ImageProcessor, LLaVAOneVision1_5_Processor
+from vistune.models.shipped.configuration_llavaonevision1_5 import Llavaonevision1_5Config
+from vistune.models.shipped.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
+from vistune.models.shipped.processing_llavaonevision1_5 import (
+    LLaVAOneVision1_5_ImageProcessor,
+    LLaVAOneVision1_5_Processor,
+)
+from vistune.models.towers import clip, rice
 from vistune.native import NativeLayout
 
 EPSILONS = {"hf": (None, None), "training": (1e-4, 1e-6)}
@@ -149,7 +151,9 @@ class OneVision15:
         """The code, and the keys by which `transformers` finds it; settings where every release looks for them."""
         for module in _CODE:
             code = Path(str(module.__file__)).read_text(encoding="utf-8")
-            (folder / Path(str(module.__file__)).name).write_text(code.replace("from vistune.models.", "from ."))
+            (folder / Path(str(module.__file__)).name).write_text(
+                code.replace("from vistune.models.shipped.", "from .")
+            )
         config["auto_map"] = _AUTO_MAP
         for section in (config, config["text_config"], config["vision_config"]):
             if section.get("dtype"):

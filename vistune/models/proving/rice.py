@@ -15,9 +15,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from vistune.models.assemble_onevision15 import read_vision
+from vistune.models.assembling.onevision15 import read_vision
 from vistune.models.load import read_model
-from vistune.models.proof import TOLERANCE, Row, difference
+from vistune.models.proving.report import TOLERANCE, Row, difference
 from vistune.models.weights import Entry
 
 GRIDS = ((6, 8), (4, 10))

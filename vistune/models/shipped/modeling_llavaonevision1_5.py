@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from vistune.models.configuration_llavaonevision1_5 import Llavaonevision1_5Config, RiceConfig
+from vistune.models.shipped.configuration_llavaonevision1_5 import Llavaonevision1_5Config, RiceConfig
 
 OTHER_NAMES = {r"^model\.language_model\.": "model.", r"^model\.visual\.": "visual."}
 """How newer files of the published code call the same weights."""

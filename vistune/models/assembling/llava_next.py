@@ -16,7 +16,7 @@ from transformers import LlavaNextConfig
 
 from vistune.anyres import AnyresLayout
 from vistune.models import checkpoints, weights
-from vistune.models.assemble_llava import assemble_llava
+from vistune.models.assembling.llava import assemble_llava
 from vistune.models.checkpoints import Checkpoint
 from vistune.models.families import family
 from vistune.models.families.llava_next import NEWLINE

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistune.models import assemble_fastvlm, checkpoints
+from vistune.models import checkpoints
+from vistune.models.assembling import fastvlm as assemble_fastvlm
+from vistune.models.assembling.parts import inside, read_language, read_vision
 from vistune.models.families import Family
-from vistune.models.finite import first_nonfinite
 from vistune.models.folders import Described
-from vistune.models.load import build, nonfinite
 from vistune.models.hub import resolve
-from vistune.models.parts import inside, read_language, read_vision
-from vistune.models.proof import TOLERANCE, Report, Row, difference
-from vistune.models.verify_onevision15 import compare_vision
+from vistune.models.load import build, nonfinite
+from vistune.models.proving.finite import first_nonfinite
+from vistune.models.proving.report import TOLERANCE, Report, Row, difference
+from vistune.models.proving.rice import compare_vision
 from vistune.models.weights import Entry
 
 __all__ = ["Report", "Row", "verify"]

@@ -1,7 +1,7 @@
 """LLaVA-OneVision-1.5's stage-0 folder: a RICE tower (in the layout of MLCD) and a Qwen3, joined tensor by tensor.
 
 Nothing of a model's size is held while it is written. Knows both layouts' names; what it did is proved by
-`vistune.models.verify`.
+`vistune.models.proving.verify`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from vistune import chat, console
 from vistune.images import CLIP_MEAN, CLIP_STD, three
 from vistune.models import weights
 from vistune.models.families import family
-from vistune.models.fit import expected, refuse
 from vistune.models.folders import (
     Described,
     beside,
@@ -30,6 +29,7 @@ from vistune.models.folders import (
     write_described,
 )
 from vistune.models.load import Loaded, build, commonest_type
+from vistune.models.proving.fit import expected, refuse
 from vistune.models.weights import Entry, held, joined
 from vistune.native import NativeLayout
 

@@ -12,9 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from tests.each_family import each_family, folders_in
 from tests.models.test_checkpoint_llava import BASE, ORIGINAL
 from vistune.models import checkpoints, weights
-from vistune.models.compare import compare
 from vistune.models.convert import NotTheSame, convert
 from vistune.models.load import load, save, stored_tensors
+from vistune.models.proving.compare import compare
 from vistune.train.learn import merge_adapters, save_adapter
 
 WHOLE = ORIGINAL / "llava-mlp2x_gelu"

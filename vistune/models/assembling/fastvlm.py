@@ -14,15 +14,17 @@ from torch import nn
 from transformers import CONFIG_MAPPING, FastVlmConfig, Qwen2Config
 from transformers.models.fast_vlm.modeling_fast_vlm import FastVlmMultiModalProjector
 
-from vistune.models import clip, connectors, weights
+from vistune.models import weights
+from vistune.models.assembling import connectors
 from vistune.models.checkpoints import fastvlm as original
 from vistune.models.checkpoints import fastvlm_names, llava_parts
 from vistune.models.families import family
-from vistune.models.fastvithd import ARCHITECTURE, Sizes, Tower
 from vistune.models.folders import beside, quiet, read_config, write_described
-from vistune.models.load import COMPUTED, Loaded, commonest_type, load
 from vistune.models.hub import resolve
-from vistune.models.proof import TOLERANCE, Row, difference
+from vistune.models.load import COMPUTED, Loaded, commonest_type, load
+from vistune.models.proving.report import TOLERANCE, Row, difference
+from vistune.models.towers import clip
+from vistune.models.towers.fastvithd import ARCHITECTURE, Sizes, Tower
 from vistune.models.weights import Entry
 
 # What may stand before a tower's names: FastVLM's two formats, MobileCLIP's own, open_clip's, timm's wrapper, nothing.
@@ -56,8 +58,8 @@ def assemble(
 
     `vision`: a FastVLM folder in either format, or a folder or file with the tower alone (timm's fastvit_mci3 or
     MobileCLIP's names, branches folded). `language`: a Qwen2 folder or hub id. `connector`: as
-    `vistune.models.connectors.read` takes it; None: fresh from `seed`. `resolution` None: as the tower's folder says,
-    else 1,024. `template` None is qwen_2, `image` None "pad". `dtype` None: each part keeps its own. Raises ValueError.
+    `connectors.read` takes it; None: fresh from `seed`. `resolution` None: as the tower's folder says, else 1,024.
+    `template` None is qwen_2, `image` None "pad". `dtype` None: each part keeps its own. Raises ValueError.
     """
     out, text_folder = Path(out), resolve(language, "language")
     source = Path(vision) if Path(vision).is_file() else resolve(vision, "vision")

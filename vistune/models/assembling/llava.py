@@ -1,7 +1,7 @@
 """LLaVA's stage-0 folder: a vision tower and a language model become one model folder, which training starts from.
 
 Knows the stock Llava class and ours, which holds what that one cannot; what it did is proved by
-`vistune.models.verify`.
+`vistune.models.proving.verify`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vistune import chat, console, images
-from vistune.models import clip, connectors, parts, weights
+from vistune.models import weights
+from vistune.models.assembling import connectors, parts
+from vistune.models.assembling.parts import read_language, read_vision
 from vistune.models.families import Family, family
 from vistune.models.folders import savable
-from vistune.models.load import Loaded, save
-from vistune.models.modeling_llava_variant import Connector, depth, leading_tokens
 from vistune.models.hub import resolve
-from vistune.models.parts import read_language, read_vision
+from vistune.models.load import Loaded, save
+from vistune.models.shipped.modeling_llava_variant import Connector, depth, leading_tokens
+from vistune.models.towers import clip
 from vistune.samples import IMAGE_MARK
 
 STOCK_TYPE = "mlp2x_gelu"

@@ -13,7 +13,7 @@ from torch import Tensor
 from vistune.models import attention
 from vistune.models.flops import Piece, learns
 from vistune.models.language import layer_pieces
-from vistune.models.modeling_llavaonevision1_5 import by_row
+from vistune.models.shipped.modeling_llavaonevision1_5 import by_row
 
 
 def see(tower: Any, pixels: Tensor, grids: Tensor, tokens: Sequence[int] = ()) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import LlavaImageProcessorPil
 from vistune.images import FixedLayout, Layout
 from vistune.models import language as lm
 from vistune.models.flops import Piece, learns, linear_weights
-from vistune.models.modeling_llava_variant import at_scales, leading_tokens
+from vistune.models.shipped.modeling_llava_variant import at_scales, leading_tokens
 
 
 def see(tower: nn.Module, pixels: Tensor, config: Any) -> Tensor:

@@ -1,0 +1,1 @@
+"""Proofs about models on disk: that parts came through whole, that two checkpoints are the same model."""

@@ -1,0 +1,1 @@
+"""Vision towers: from pixels to features, one file for each kind."""
