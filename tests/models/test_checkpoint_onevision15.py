@@ -12,9 +12,9 @@ import torch
 
 from vistune.models import checkpoints, weights
 from vistune.models.checkpoints.onevision15 import FORMAT, published
+from vistune.models.fit import expected
 from vistune.models.folders import beside
 from vistune.models.load import load
-from vistune.models.proving.fit import expected
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "onevision15"
 NAMES = ["tiny-stage0", "tiny-stage0-tied"]

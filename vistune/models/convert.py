@@ -15,9 +15,9 @@ from typing import Any
 from vistune import console
 from vistune.models import checkpoints, hub
 from vistune.models.checkpoints import Checkpoint, llava_lora
+from vistune.models.fit import check
 from vistune.models.folders import beside
 from vistune.models.proving.compare import TOLERANCE, Report, compare
-from vistune.models.proving.fit import check
 
 HALVES = ("llava-adapter", "llava-lora", "mcore")
 """Formats that need a base to be read."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -22,11 +21,9 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from vistune import console
 from vistune.models import checkpoints, weights
 from vistune.models.families import Family
+from vistune.models.fit import COMPUTED, EXTRA, MISSING, NONFINITE, SHAPES, plain, refuse, skeleton
 from vistune.models.folders import Described, beside, quiet, write_described
 from vistune.models.weights import Entry
-
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|position_ids$|masked_bias$|\.attn\.bias$")
-"""Buffers that older files carry and that every model computes by itself."""
 
 Place = Callable[[Family, PreTrainedModel, str, Tensor], None]
 """Puts a value that was read at its name in the model: as it is, or quantised."""
@@ -94,8 +91,7 @@ def build(
     """
     given = _Given(tensors)
     _decide_tie(family, config, given)
-    with quiet(), init_empty_weights(include_buffers=False):
-        model = family.model_class(config)
+    model = skeleton(family, config)
     _fill(family, model, given, dtype, where, finite, place or as_read)
     if config.tie_word_embeddings:
         family.head(model).weight = model.get_input_embeddings().weight  # type: ignore[assignment]
@@ -118,11 +114,6 @@ class _Given:
         return None if name is None else self.tensors[name]
 
 
-def plain(name: str) -> str:
-    """A tensor's name without the levels in which the layouts of different versions differ."""
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
-
-
 def _decide_tie(family: Family, config: PretrainedConfig, given: _Given) -> None:
     head, embedding = (given.get(family.stored_name(name)) for name in ("lm_head.weight", family.embedding))
     said = bool(getattr(config, "tie_word_embeddings", False))
@@ -133,9 +124,8 @@ def _decide_tie(family: Family, config: PretrainedConfig, given: _Given) -> None
         if said and not tied:
             console.warn("config.json ties the head to the embedding, but a head of its own is stored: it is kept")
     config.tie_word_embeddings = tied
-    for section in (getattr(config, "text_config", None),):
-        if section is not None:
-            section.tie_word_embeddings = tied
+    if (text := getattr(config, "text_config", None)) is not None:
+        text.tie_word_embeddings = tied
 
 
 def _fill(
@@ -168,10 +158,7 @@ def _fill(
         place(family, model, name, value)
     extra = [name for name in given.tensors if name not in used and not COMPUTED.search(name)]
     extra = [name for name in extra if not (tied and name == given.name(family.stored_name("lm_head.weight")))]
-    _refuse(where, "missing", missing)
-    _refuse(where, "not of this model", extra)
-    _refuse(where, "of another shape than config.json says", shapes)
-    _refuse(where, "not finite (NaN or infinity)", bad)
+    refuse(where, {MISSING: missing, EXTRA: extra, SHAPES: shapes, NONFINITE: bad})
 
 
 def _owned(entry: Entry, dtype: torch.dtype | str) -> Tensor:
@@ -191,12 +178,6 @@ def as_read(family: Family, model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
-def _refuse(where: Path | str, what: str, names: list[str]) -> None:
-    if names:
-        shown = "\n  ".join(sorted(names)[:10])
-        raise ValueError(f"{where}: {len(names)} weights are {what}. The first:\n  {shown}")
-
-
 def read_model(
     model_class: Any, folder: Path, dtype: torch.dtype | str, *, extra: str | None = None, finite: bool = True
 ) -> PreTrainedModel:
@@ -213,11 +194,8 @@ def read_model(
             raise ValueError(f"{folder}: {error}") from error
     unexpected = [key for key in info["unexpected_keys"] if not (extra and re.search(extra, key))]
     shapes = [f"{key} is {list(have)}, not {list(want)}" for key, have, want in info["mismatched_keys"]]
-    _refuse(folder, "missing", list(info["missing_keys"]))
-    _refuse(folder, "not of this model", unexpected)
-    _refuse(folder, "of another shape than config.json says", shapes)
-    if finite:
-        _refuse(folder, "not finite (NaN or infinity)", nonfinite(model))
+    bad = nonfinite(model) if finite else []
+    refuse(folder, {MISSING: info["missing_keys"], EXTRA: unexpected, SHAPES: shapes, NONFINITE: bad})
     return model.eval()
 
 

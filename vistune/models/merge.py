@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from vistune.models import checkpoints, weights
 from vistune.models.checkpoints import Checkpoint, hf
-from vistune.models.folders import beside, quiet
-from vistune.models.load import plain
+from vistune.models.fit import plain, skeleton
+from vistune.models.folders import beside
 from vistune.models.weights import Entry
 
 ADAPTER_CONFIG, LEARNED = "adapter_config.json", "learned.safetensors"
@@ -165,8 +164,7 @@ def merged(found: Checkpoint, learned: Learned, base: Path) -> dict[str, Entry]:
 def _names(found: Checkpoint) -> dict[str, str]:
     """Names in the model, and those of other layouts, to the names on disk."""
     family = found.said.family
-    with quiet(), init_empty_weights(include_buffers=False):
-        model = family.model_class(copy.deepcopy(found.said.config))
+    model = skeleton(family, copy.deepcopy(found.said.config))
     stored = {plain(name): name for name in found.tensors}
     ours = {plain(name): plain(family.stored_name(name)) for name in model.state_dict()}
     return stored | {name: stored[there] for name, there in ours.items() if there in stored}

@@ -19,9 +19,10 @@ from vistune.models.assembling import connectors
 from vistune.models.checkpoints import fastvlm as original
 from vistune.models.checkpoints import fastvlm_names, llava_parts
 from vistune.models.families import family
+from vistune.models.fit import COMPUTED
 from vistune.models.folders import beside, quiet, read_config, write_described
 from vistune.models.hub import resolve
-from vistune.models.load import COMPUTED, Loaded, commonest_type, load
+from vistune.models.load import Loaded, commonest_type, load
 from vistune.models.proving.report import TOLERANCE, Row, difference
 from vistune.models.towers import clip
 from vistune.models.towers.fastvithd import ARCHITECTURE, Sizes, Tower

@@ -20,6 +20,7 @@ from vistune import chat, console
 from vistune.images import CLIP_MEAN, CLIP_STD, three
 from vistune.models import weights
 from vistune.models.families import family
+from vistune.models.fit import EXTRA, MISSING, SHAPES, expected, refuse
 from vistune.models.folders import (
     Described,
     beside,
@@ -29,7 +30,6 @@ from vistune.models.folders import (
     write_described,
 )
 from vistune.models.load import Loaded, build, commonest_type
-from vistune.models.proving.fit import expected, refuse
 from vistune.models.weights import Entry, held, joined
 from vistune.native import NativeLayout
 
@@ -128,7 +128,7 @@ def read_vision(folder: Path, dtype: torch.dtype | None, *, finite: bool = True)
     given = {name.removeprefix(prefix): entry for name, entry in stored.items()}
     table = vision_names(config["num_hidden_layers"])
     missing = [(prefix + part, ours) for ours, parts in table.items() for part in parts if part not in given]
-    refuse(folder, {"missing": [f"{part}, of which {ours} would be made" for part, ours in missing]})
+    refuse(folder, {MISSING: [f"{part}, of which {ours} would be made" for part, ours in missing]})
     used = {part for parts in table.values() for part in parts}
     dropped = sorted(name for name in given if _UNUSED.search(name))
     extra = sorted(given.keys() - used - set(dropped))
@@ -176,7 +176,7 @@ def _read_language(folder: Path, dtype: torch.dtype | None, tie: bool | None) ->
         if not _COMPUTED.search(name)
     }
     if "model.embed_tokens.weight" not in found:
-        refuse(folder, {"missing": ["model.embed_tokens.weight"]})
+        refuse(folder, {MISSING: ["model.embed_tokens.weight"]})
     embedding = found["model.embed_tokens.weight"]
     head = found.pop("lm_head.weight", embedding)  # where it is not stored it is the embedding
     same = head is embedding or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
@@ -310,7 +310,7 @@ def _check_shapes(tensors: Mapping[str, Entry], wanted: Mapping[str, tuple[int, 
     both = [(name, tensors[name].shape, wanted[name]) for name in needed & tensors.keys()]
     shapes = [f"{name} is {list(have)}, not {list(want)}" for name, have, want in both if have != want]
     missing, extra = needed - tensors.keys(), tensors.keys() - wanted.keys()
-    refuse(where, {"missing": missing, "not of this model": extra, "of another shape than config.json says": shapes})
+    refuse(where, {MISSING: missing, EXTRA: extra, SHAPES: shapes})
 
 
 def _card(vision: Path, language: Path, connector: Path | str | None) -> str:

@@ -18,8 +18,9 @@ from vistune import console
 from vistune.models import families, weights
 from vistune.models.checkpoints import Checkpoint, fastvlm_names, llava_config, llava_names, llava_parts
 from vistune.models.checkpoints.hf import KEPT
+from vistune.models.fit import COMPUTED
 from vistune.models.folders import quiet, read_config, savable
-from vistune.models.load import COMPUTED, commonest_type
+from vistune.models.load import commonest_type
 from vistune.models.towers.fastvithd import Sizes
 from vistune.models.weights import Entry
 

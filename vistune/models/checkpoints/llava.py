@@ -15,8 +15,9 @@ from vistune import console
 from vistune.models import weights
 from vistune.models.checkpoints import Checkpoint, llava_config, llava_names, llava_parts
 from vistune.models.checkpoints.hf import KEPT
+from vistune.models.fit import COMPUTED
 from vistune.models.folders import quiet, read_config, savable
-from vistune.models.load import COMPUTED, commonest_type
+from vistune.models.load import commonest_type
 from vistune.models.weights import Entry
 
 ADAPTER, PROJECTOR = "adapter_config.json", "mm_projector.bin"

@@ -16,8 +16,8 @@ from vistune import chat
 from vistune.models import hub, weights
 from vistune.models.checkpoints import llava_names
 from vistune.models.families import Family
+from vistune.models.fit import COMPUTED
 from vistune.models.folders import Described, quiet, read_config, read_generation, refuse_unknown
-from vistune.models.load import COMPUTED
 from vistune.models.towers import clip
 from vistune.models.weights import Entry
 from vistune.samples import IMAGE_MARK

@@ -29,8 +29,8 @@ from vistune.models.checkpoints.mcore_layout import (
     whole,
 )
 from vistune.models.checkpoints.onevision15 import HOLDS, is_tied, published
+from vistune.models.fit import EXTRA, MISSING, check, refuse
 from vistune.models.folders import describe
-from vistune.models.proving.fit import check, refuse
 from vistune.models.weights import Entry, held
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -152,7 +152,7 @@ def _tensors(opened: Opened, config: Any, where: str) -> tuple[dict[str, Entry],
             if (rows := padding(rule, shares, sizes)) is not None:
                 kept[_kept_name(rule)] = rows
         unknown += sorted(left)
-    refuse(where, {"missing": missing, "not of this model": unknown})
+    refuse(where, {MISSING: missing, EXTRA: unknown})
     return found, kept
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from vistune.models import weights
 from vistune.models.checkpoints import Checkpoint
+from vistune.models.fit import check
 from vistune.models.folders import Described, describe, read_config, write_described
-from vistune.models.proving.fit import check
 from vistune.models.weights import Entry
 
 HOLDS = "onevision15"

@@ -44,7 +44,8 @@ class Family(Protocol):
         """The options that a folder must remember to be opened as this one is; defaults left out."""
 
     def parts(self, model: nn.Module) -> dict[str, list[nn.Module]]:
-        """ "vision", "connector", "language" (with the head): together every parameter exactly once."""
+        """ "vision", "connector", "language" (with the head): together every parameter exactly once, but for what the
+        family never lets learn (a class token that was constant in the original)."""
 
     def layers(self, model: nn.Module, part: str) -> nn.ModuleList:
         """The layers of "vision" or "language", as `learn` counts them. ValueError for a part without layers."""

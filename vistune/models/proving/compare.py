@@ -5,7 +5,6 @@ One model is in memory at a time, in fp32. Knows no format: whatever can be load
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,7 +127,6 @@ def _opened(folder: Path | str, base: Path | None, said: dict[str, Any]) -> Iter
         yield loaded
     finally:
         del loaded.model
-        gc.collect()
 
 
 def pictures() -> list[PIL.Image.Image]:

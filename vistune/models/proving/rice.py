@@ -6,7 +6,6 @@ shows. Shapes: R rows, which are a class token and then the patches of each pict
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ def compare_vision(folder: Path, tensors: Mapping[str, Entry], tower: Any) -> li
     source: Any = read_model(transformers.MLCDVisionModel, folder, tower.dtype, finite=False)
     rows.append(_compare_states(source, tower))
     del source
-    gc.collect()
     return rows
 
 

@@ -5,7 +5,6 @@ Opens everything anew from disk and knows nothing of how it was assembled.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ def verify(folder: Path | str, *, vision: str | Path, language: str | Path, dtyp
 
     parts = family.parts(model)
     report.rows += _compare_vision(family, vision, found.tensors, model)
-    gc.collect()
 
     source, tokenizer = read_language(resolve(language, "language"), model.dtype, finite=False)
     # Rows beyond the tokenizer's are nobody's: assembling may give them to tokens of its own.

@@ -5,21 +5,43 @@ Knows families by their protocol; reads no tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from vistune.models.checkpoints import Checkpoint
+from vistune.models.families import Family
 from vistune.models.folders import Described, quiet
-from vistune.models.load import COMPUTED, plain
+
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|position_ids$|masked_bias$|\.attn\.bias$")
+"""Buffers that older files carry and that every model computes by itself."""
+
+
+MISSING, EXTRA = "missing", "not of this model"
+SHAPES, NONFINITE = "of another shape than config.json says", "not finite (NaN or infinity)"
+"""What can be wrong with weights."""
+
+
+def plain(name: str) -> str:
+    """A tensor's name without the levels in which the layouts of different versions differ."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
+
+
+def skeleton(family: Family, config: PretrainedConfig) -> PreTrainedModel:
+    """The family's model with parameters that take no memory, and with its computed buffers."""
+    with quiet(), no_init_weights(), init_empty_weights(include_buffers=False):
+        return family.model_class(config)
 
 
 def expected(said: Described) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of a model with this config."""
-    with quiet(), torch.device("meta"):
-        model = said.family.model_class(said.config)
-    return {said.family.stored_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = skeleton(said.family, said.config).state_dict()
+    return {said.family.stored_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check(found: Checkpoint, where: str) -> None:
@@ -37,10 +59,10 @@ def check(found: Checkpoint, where: str) -> None:
     ]
     if head in wanted and head not in given and not _tied(found):
         missing.append(wanted[head][0])
-    refuse(where, {"missing": missing, "not of this model": extra, "of another shape than config.json says": shapes})
+    refuse(where, {MISSING: missing, EXTRA: extra, SHAPES: shapes})
 
 
-def refuse(where: object, kinds: Mapping[str, Iterable[str]]) -> None:
+def refuse(where: Path | str, kinds: Mapping[str, Iterable[str]]) -> None:
     """ValueError when any of `kinds` (what is wrong: the weights with which it is) has a name."""
     wrong = [
         f"{len(names)} weights are {what}. The first:\n  " + "\n  ".join(sorted(names)[:10])
