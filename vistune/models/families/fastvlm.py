@@ -31,11 +31,10 @@ from transformers.models.fast_vlm.modeling_fast_vlm import (
 )
 
 from vistune.images import FixedLayout, Layout
-from vistune.models import attention
 from vistune.models import language as lm
+from vistune.models.families.llava import Llava
 from vistune.models.flops import Piece, learns, linear_weights, total
 from vistune.models.towers import clip, fastvithd
-from vistune.samples import IMAGE_MARK
 
 RESOLUTIONS = range(256, 1536 + 1, fastvithd.STRIDE)
 """Sides in pixels that an image may be given; 1,024 of the published models (256 tokens)."""
@@ -60,14 +59,12 @@ class FastVlm(FastVlmForConditionalGeneration):
         self.post_init()
 
 
-class FastVlmFamily:
-    """See `vistune.models.families.Family`."""
+class FastVlmFamily(Llava):
+    """See `vistune.models.families.Family`. What is not here is LLaVA-1.5's."""
 
     name = "fastvlm"
     config_class: type[PretrainedConfig] = FastVlmConfig
     model_class: type[PreTrainedModel] = FastVlm
-    image_token = IMAGE_MARK
-    embedding = "model.language_model.embed_tokens.weight"
     template = "qwen_2"
     options: Mapping[str, str] = {
         "resolution": f"the side of the square that an image becomes: {RESOLUTIONS[0]} to {RESOLUTIONS[-1]} in steps "
@@ -78,20 +75,10 @@ class FastVlmFamily:
         return config.get("model_type") == "fast_vlm"
 
     def configure(self, config: PretrainedConfig, options: Mapping[str, Any]) -> None:
+        """The image processor that is written says the resolution, so a folder need not remember the option."""
         fastvithd.Sizes.of(config.vision_config)
         if "resolution" in options:
             config.image_seq_length = _tokens(options["resolution"], "model.options.resolution")
-
-    def options_of(self, config: PretrainedConfig, layout: Layout) -> dict[str, Any]:
-        return {}  # the image processor that is written says the resolution
-
-    def parts(self, model: nn.Module) -> dict[str, list[nn.Module]]:
-        inner: Any = model.model
-        return {
-            "vision": [inner.vision_tower],
-            "connector": [inner.multi_modal_projector],
-            "language": [inner.language_model, self.head(model)],
-        }
 
     def layers(self, model: nn.Module, part: str) -> nn.ModuleList:
         """Of vision: the five stages; stem and last map are in none."""
@@ -101,13 +88,6 @@ class FastVlmFamily:
         if part == "language":
             return inner.language_model.layers
         raise ValueError(f"part {part!r} of a fastvlm model has no layers; vision (its five stages) and language have")
-
-    def head(self, model: nn.Module) -> nn.Linear:
-        head: Any = model.lm_head
-        return head
-
-    def read_processor(self, folder: Path) -> Any:
-        return clip.read_image_processor(folder)
 
     def layout(self, config: PretrainedConfig, processor: Any, image: str | None, options: Mapping[str, Any]) -> Layout:
         """Pad unless something says otherwise, as these models were trained: published processors do not tell. How
@@ -132,29 +112,11 @@ class FastVlmFamily:
         """The stock class opens it."""
         config["architectures"] = [FastVlmForConditionalGeneration.__name__]
 
-    def inputs(self, pixels: list[Tensor], grids: list[tuple[int, int, int]]) -> dict[str, Tensor]:
-        return {"pixel_values": torch.stack(pixels)}
+    def tokens(self, config: Any, side: int | None) -> int:
+        return config.image_seq_length if side is None else (side // fastvithd.STRIDE) ** 2
 
-    def hidden(
-        self,
-        model: nn.Module,
-        ids: Tensor,
-        positions: Tensor,
-        lengths: Sequence[int],
-        pixels: Tensor | None,
-        grids: Tensor | None = None,
-    ) -> Tensor:
-        """See `Family.hidden`. Raises ValueError when the placeholders in `ids` are not those of the images."""
-        inner: Any = model.model
-        attention.use(inner)
-        images = 0 if pixels is None else len(pixels)
-        each = 0 if pixels is None else math.prod(pixels.shape[-2:]) // fastvithd.STRIDE**2
-        where = lm.placeholders(ids, inner.config.image_token_id, images * each, f"{images} images of {each} tokens")
-        embeds = inner.get_input_embeddings()(ids)
-        if pixels is not None and where is not None:
-            features = inner.multi_modal_projector(fastvithd.see(inner.vision_tower, pixels))
-            embeds = lm.splice(embeds, where, features.flatten(0, 1))
-        return lm.hidden(inner.language_model, embeds, positions, lengths)
+    def see(self, inner: Any, pixels: Tensor) -> Tensor:
+        return fastvithd.see(inner.vision_tower, pixels)
 
     def stored_name(self, name: str) -> str:
         return name

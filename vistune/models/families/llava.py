@@ -109,13 +109,21 @@ class Llava:
         inner: Any = model.model
         self.attend_packed(inner)
         images, side = (0, None) if pixels is None else (len(pixels), pixels.shape[-1])
-        each = clip.tokens(inner.config, side)
+        each = self.tokens(inner.config, side)
         where = lm.placeholders(ids, inner.config.image_token_id, images * each, f"{images} images of {each} tokens")
         embeds = inner.get_input_embeddings()(ids)
         if pixels is not None and where is not None:
-            features = inner.multi_modal_projector(clip.see(inner.vision_tower, pixels, inner.config))
+            features = inner.multi_modal_projector(self.see(inner, pixels))
             embeds = lm.splice(embeds, where, features.flatten(0, 1))
         return self.read(inner.language_model, embeds, positions, lengths)
+
+    def tokens(self, config: Any, side: int | None) -> int:
+        """How many tokens an image of `side` pixels gives; None: of the side that config.json says."""
+        return clip.tokens(config, side)
+
+    def see(self, inner: Any, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to features [N, P, D_vision]."""
+        return clip.see(inner.vision_tower, pixels, inner.config)
 
     def attend_packed(self, inner: Any) -> None:
         """Make the model attend inside the samples of a pack."""
