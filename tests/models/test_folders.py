@@ -266,3 +266,18 @@ def test_a_generation_config_that_cannot_be_saved(parts, tmp_path):
 def test_nothing_of_this_machine_is_in_a_folder(parts, stage0):
     for file in stage0.glob("*.json"):
         assert str(parts) not in file.read_text()
+
+
+def test_the_sentencepiece_file_comes_along(parts, tmp_path):
+    """Older code opens tokenizer.model alone; the ids stay what they were."""
+    language = copied(ORIGINAL / "base-llm", tmp_path / "llm")
+    spoken = "the red cup"
+    wanted = transformers.AutoTokenizer.from_pretrained(language)(spoken)["input_ids"]
+    assemble(ORIGINAL / "clip-tiny-patch14-56", language, tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    assert loaded.tokenizer(spoken)["input_ids"] == wanted
+    save(loaded, tmp_path / "again", card="")
+    model = (language / "tokenizer.model").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == model
+    assert load(tmp_path / "again").tokenizer(spoken)["input_ids"] == wanted

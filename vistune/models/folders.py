@@ -22,7 +22,7 @@ from vistune import chat
 from vistune.images import Layout
 from vistune.models.families import Family, family_of
 
-UNFINISHED = ".vistune-unfinished"
+UNFINISHED, SENTENCEPIECE = ".vistune-unfinished", "tokenizer.model"
 
 
 @dataclass(kw_only=True)
@@ -193,6 +193,7 @@ def write_described(said: Described, folder: Path, card: str, dtype: str) -> Non
         processor.image_processor.save_pretrained(folder)
         savable(said.generation).save_pretrained(folder)
         said.config.save_pretrained(folder)
+    carry_sentencepiece(said.tokenizer, folder)
     config = read_config(folder)
     config["architectures"] = [family.model_class.__name__]
     options = family.options_of(said.config, said.layout)
@@ -207,6 +208,16 @@ def write_described(said: Described, folder: Path, card: str, dtype: str) -> Non
     family.complete(folder, config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def carry_sentencepiece(tokenizer: Any, folder: Path) -> bool:
+    """Copy the `tokenizer.model` that the tokenizer was made of, which `transformers` no longer writes and older code
+    needs. False when there is none."""
+    made_of = Path(str(tokenizer.name_or_path)) / SENTENCEPIECE
+    if not made_of.is_file():
+        return False
+    (folder / SENTENCEPIECE).write_bytes(made_of.read_bytes())
+    return True
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -16,7 +16,7 @@ from vistune.models import weights
 from vistune.models.checkpoints import Checkpoint, llava_config, llava_names, llava_parts
 from vistune.models.checkpoints.hf import KEPT
 from vistune.models.fit import COMPUTED
-from vistune.models.folders import quiet, read_config, savable
+from vistune.models.folders import carry_sentencepiece, quiet, read_config, savable
 from vistune.models.load import commonest_type
 from vistune.models.weights import Entry
 
@@ -228,7 +228,8 @@ def _write_beside(checkpoint: Checkpoint, files: Mapping[str, Entry], config: di
             savable(said.generation).save_pretrained(folder)
         if not any(name in files for name in llava_parts.TOKENIZER_FILES):
             said.tokenizer.save_pretrained(folder)
-            if said.config.text_config.model_type in ("llama", "mistral"):
+            carried = carry_sentencepiece(said.tokenizer, folder)
+            if not carried and said.config.text_config.model_type in ("llama", "mistral"):
                 console.warn(
                     "the original code opens tokenizer.model, which this model does not have: copy the language "
                     "model's own beside the weights for it (vistune does without)"
