@@ -155,10 +155,10 @@ class OneVision15:
                 code.replace("from vistune.models.shipped.", "from .")
             )
         config["auto_map"] = _AUTO_MAP
-        for section in (config, config["text_config"], config["vision_config"]):
-            if section.get("dtype"):
-                section["torch_dtype"] = section["dtype"]  # the key of transformers 4
-            for key in _NOISE if section is not config else ():
+        for section in (config, config["text_config"]):
+            section["torch_dtype"] = config["dtype"]  # the key of transformers 4
+        for section in (config["text_config"], config["vision_config"]):
+            for key in _NOISE:
                 section.pop(key, None)
         config["vision_config"] = {k: v for k, v in config["vision_config"].items() if v is not None and v is not False}
         (folder / "processor_config.json").unlink(missing_ok=True)  # where it is, the other files are not looked at
@@ -228,8 +228,8 @@ def _name_as_before(file: Path) -> None:
     said = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(said.get("extra_special_tokens"), list):
         said["additional_special_tokens"] = said.pop("extra_special_tokens")
-        said["processor_class"] = "Qwen2_5_VLProcessor"
-        file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    said["processor_class"] = "Qwen2_5_VLProcessor"
+    file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=8)
