@@ -281,3 +281,15 @@ def test_the_sentencepiece_file_comes_along(parts, tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == model
     assert load(tmp_path / "again").tokenizer(spoken)["input_ids"] == wanted
+
+
+def test_a_head_that_is_lost_is_missing_and_not_the_embedding(parts, tmp_path):
+    for kind, tied in (("llama", False), ("qwen2", True)):
+        template = "v1" if kind == "llama" else "qwen_2"
+        assemble(parts / "clip", parts / kind, tmp_path / kind, template=template)
+        names = {"language_model.lm_head.weight"} & weights.stored(tmp_path / kind).keys()
+        assert bool(names) != tied
+        assert (load(tmp_path / kind).model.config.tie_word_embeddings is True) == tied
+    gone = edited(tmp_path / "llama", tmp_path / "gone", lambda t: t.pop("language_model.lm_head.weight"))
+    with pytest.raises(ValueError, match=r"1 weights are missing(.|\n)*lm_head"):
+        load(gone)

@@ -57,7 +57,7 @@ def check(found: Checkpoint, where: str) -> None:
         for key, (name, shape) in wanted.items()
         if key in given and given[key][1] != shape
     ]
-    if head in wanted and head not in given and not _tied(found):
+    if head in wanted and head not in given and not ties(found.said.config):
         missing.append(wanted[head][0])
     refuse(where, {MISSING: missing, EXTRA: extra, SHAPES: shapes})
 
@@ -73,7 +73,7 @@ def refuse(where: Path | str, kinds: Mapping[str, Iterable[str]]) -> None:
         raise ValueError(f"{where}: " + "\n".join(wrong))
 
 
-def _tied(found: Checkpoint) -> bool:
-    config: Any = found.said.config
+def ties(config: Any) -> bool:
+    """Whether config.json ties the head to the embedding, in whichever section."""
     sections = (config, getattr(config, "text_config", config))
     return any(getattr(section, "tie_word_embeddings", False) for section in sections)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from vistune import console
 from vistune.models import checkpoints, weights
 from vistune.models.families import Family
-from vistune.models.fit import COMPUTED, EXTRA, MISSING, NONFINITE, SHAPES, plain, refuse, skeleton
+from vistune.models.fit import COMPUTED, EXTRA, MISSING, NONFINITE, SHAPES, plain, refuse, skeleton, ties
 from vistune.models.folders import Described, beside, quiet, write_described
 from vistune.models.weights import Entry
 
@@ -86,7 +86,7 @@ def build(
 ) -> PreTrainedModel:
     """The family's model, filled from `tensors` one by one. ValueError, with `where`, for what does not fit.
 
-    The head is tied to the embedding when it is not stored, or when it equals it and config.json says so; never when
+    The head is tied to the embedding when config.json says so and none is stored, or one that equals it; never when
     that would lose a head. `finite=False` leaves it to the caller to look for values that are not.
     """
     given = _Given(tensors)
@@ -116,9 +116,9 @@ class _Given:
 
 def _decide_tie(family: Family, config: PretrainedConfig, given: _Given) -> None:
     head, embedding = (given.get(family.stored_name(name)) for name in ("lm_head.weight", family.embedding))
-    said = bool(getattr(config, "tie_word_embeddings", False))
+    said = ties(config)
     if head is None or embedding is None:
-        tied = head is None
+        tied = head is None and said  # where it does not say so, a head is missing
     else:
         tied = said and head.shape == embedding.shape and torch.equal(head.read(), embedding.read())
         if said and not tied:
