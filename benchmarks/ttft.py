@@ -111,6 +111,7 @@ def contenders(asked: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[
 def models(language: str) -> tuple[Any, Any]:
     """FastVLM and LLaVA with towers of real size and the same kind of language model, random."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # random weights make values so small that a CPU would trip over them
     text = transformers.Qwen2Config(**LANGUAGE[language], tie_word_embeddings=True)
     image = text.vocab_size - 1
     fast = transformers.FastVlmConfig(text_config=text, image_token_index=image, tie_word_embeddings=True)
