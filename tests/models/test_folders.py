@@ -240,6 +240,11 @@ def test_saving_never_touches_what_is_not_ours(stage0, tmp_path):
     with pytest.raises(ValueError, match="in the way and not ours"):
         save(loaded, tmp_path / "out", frozen_from=None, card="")
     assert (tmp_path / "out.tmp" / "thesis.txt").exists()
+    copied(tmp_path / "theirs", tmp_path / "mine.old")
+    with pytest.raises(ValueError, match="in the way and not ours"):
+        save(loaded, tmp_path / "mine", frozen_from=None, card="")
+    (tmp_path / "mine.old" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    (tmp_path / "mine.old").rmdir()
     save(loaded, tmp_path / "mine", frozen_from=None, card="one")
     save(loaded, tmp_path / "mine", frozen_from=None, card="two")
     assert (tmp_path / "mine" / "README.md").read_text() == "two"
@@ -247,7 +252,7 @@ def test_saving_never_touches_what_is_not_ours(stage0, tmp_path):
     with pytest.raises(AttributeError):
         save(loaded, tmp_path / "mine", frozen_from=None, card="three")
     assert (tmp_path / "mine" / "README.md").read_text() == "two"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out.tmp", "theirs"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out.tmp", "theirs", "thesis.txt"]
 
 
 def test_a_generation_config_that_cannot_be_saved(parts, tmp_path):

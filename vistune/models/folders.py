@@ -150,7 +150,7 @@ def quiet() -> Iterator[None]:
 def beside(folder: Path) -> Iterator[Path]:
     """`<folder>.tmp` to write into; renamed to `folder` at the end, removed after an error.
 
-    ValueError when `folder` holds something that is not ours.
+    ValueError when `folder`, or one of the names beside it, holds something that is not ours.
     """
     new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     if folder.exists() and not _ours(folder):
@@ -159,6 +159,8 @@ def beside(folder: Path) -> Iterator[Path]:
         if not (new / UNFINISHED).exists():
             raise ValueError(f"{new}: is in the way and not ours; move it, or give another folder")
         shutil.rmtree(new)
+    if old.exists() and not _ours(old):
+        raise ValueError(f"{old}: is in the way and not ours; move it, or give another folder")
     new.mkdir(parents=True)
     (new / UNFINISHED).touch()
     try:
@@ -184,7 +186,7 @@ def _ours(folder: Path) -> bool:
 
 def write_described(said: Described, folder: Path, card: str, dtype: str) -> None:
     """Everything of a model folder but the weights, whose commonest type is `dtype`."""
-    family, options = said.family, {}
+    family = said.family
     chat_template = chat.chat_template(said.template, said.tokenizer, family.image_token)
     with quiet():
         processor = family.processor(said.config, said.tokenizer, said.layout, chat_template)
