@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from tests.each_family import each_family, folders_in
-from tests.models.test_checkpoint_llava import BASE, ORIGINAL
+from tests.original_llava import BASE, ORIGINAL
 from vistune.models import checkpoints, weights
 from vistune.models.convert import NotTheSame, convert
 from vistune.models.load import load, save, stored_tensors

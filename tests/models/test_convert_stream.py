@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks.convert_stream import make, watched
-from tests.models.test_checkpoint_llava import same
+from tests.original_llava import same
 from vistune.models import checkpoints, weights
 from vistune.models.convert import convert
 

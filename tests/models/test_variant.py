@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.test_llava_family import pack, samples, score
+from tests.original_llava import ORIGINAL
 from tests.tiny import GOLDEN, tiny_language, tiny_vision
 from vistune import images
 from vistune.models.assemble import assemble
@@ -292,3 +294,14 @@ def test_flops_equal_the_counted_ones(folders, name):
     counted = counter.get_total_flops() - 3 * square * text.num_hidden_layers
     flops = loaded.family.flops(loaded.config, lengths=batch[2], images=2, supervised=9)
     assert flops == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("folder", ["stage1-linear", "llava-linear"])
+def test_the_connector_alone_is_read_from_the_original(folder):
+    read = connectors.read(ORIGINAL / folder)
+    assert connectors.kind(read, folder) == "linear" and read["0.weight"].shape == (64, 32)
+    stage1 = torch.load(ORIGINAL / "stage1-linear" / "mm_projector.bin", weights_only=True)
+    full = load_file(ORIGINAL / "llava-linear" / "model.safetensors")
+    held = stage1 if folder.startswith("stage1") else full
+    assert torch.equal(read["0.weight"], held["model.mm_projector.weight"])
+    assert torch.equal(read["0.bias"], held["model.mm_projector.bias"])
