@@ -6,7 +6,6 @@ tensors. Whether it says `unfreeze_mm_vision_tower` does not matter here; Apple'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +18,11 @@ from vistune.models import families, weights
 from vistune.models.checkpoints import Checkpoint, fastvlm_names, llava_config, llava_names, llava_parts
 from vistune.models.checkpoints.hf import KEPT
 from vistune.models.fit import COMPUTED
-from vistune.models.folders import quiet, read_config, savable
+from vistune.models.folders import read_config
 from vistune.models.load import commonest_type
 from vistune.models.towers.fastvithd import Sizes
 from vistune.models.weights import Entry
 
-_FILES = ("generation_config.json", *llava_parts.TOKENIZER_FILES)
-_FILE = "file:"
 _WORDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -87,7 +84,7 @@ class OriginalFastVlm:
             options={**ours.get("options", {}), **(options or {})},
             generation=folder,
         )
-        kept |= {_FILE + name: weights.file_bytes(folder / name) for name in _FILES if (folder / name).exists()}
+        kept |= llava_parts.small_files(folder)
         said.origin |= ours.get("origin", {}) | {
             self.name: {
                 "config": raw,
@@ -106,24 +103,17 @@ class OriginalFastVlm:
         origin = said.origin.get(self.name, {})
         config = _config(checkpoint, origin)
         own = checkpoint.kept.keys() & set(origin.get("kept", ()))  # none of it in a folder that was trained since
-        files = {name.removeprefix(_FILE) for name in own if name.startswith(_FILE)}
+        files = {name: checkpoint.kept[name] for name in own if name.startswith(llava_parts.FILE)}
         tensors = {original(name): entry for name, entry in checkpoint.tensors.items()}
         for name in _WORDS:
             if origin and name in tensors:
                 tensors[name] = tensors[name].rows(origin["rows"])
-        tensors |= {name: entry for name, entry in checkpoint.kept.items() if name in own - {_FILE + f for f in files}}
+        tensors |= {name: entry for name, entry in checkpoint.kept.items() if name in own - files.keys()}
         writer = weights.write_pickles if origin.get("weights") == "bin" else weights.write
         writer(folder, dict(sorted(tensors.items())))
         if others := {name: entry for name, entry in checkpoint.kept.items() if name not in own}:
             weights.write_file(folder / KEPT, others)
-        for name in files:
-            (folder / name).write_bytes(bytes(checkpoint.kept[_FILE + name].read().tolist()))
-        with quiet():
-            if "generation_config.json" not in files:
-                savable(said.generation).save_pretrained(folder)
-            if not files & set(llava_parts.TOKENIZER_FILES):
-                said.tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        llava_parts.write_small(said, files, config, folder)
 
 
 def published(name: str) -> str | None:

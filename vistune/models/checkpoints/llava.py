@@ -5,24 +5,20 @@ Knows the folder; names and config.json are `llava_names`' and `llava_config`'s.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vistune import console
 from vistune.models import weights
 from vistune.models.checkpoints import Checkpoint, llava_config, llava_names, llava_parts
 from vistune.models.checkpoints.hf import KEPT
 from vistune.models.fit import COMPUTED
-from vistune.models.folders import carry_sentencepiece, quiet, read_config, savable
+from vistune.models.folders import read_config
 from vistune.models.load import commonest_type
 from vistune.models.weights import Entry
 
 ADAPTER, PROJECTOR = "adapter_config.json", "mm_projector.bin"
-_CONFIG_FILES = ("generation_config.json", *llava_parts.TOKENIZER_FILES)
-_FILE = "file:"
 ADAPTERS = ("llava-lora", "llava-adapter")
 
 
@@ -75,14 +71,14 @@ class OriginalLlava:
         tensors = tensors_of(checkpoint, config.get("mm_projector_type", "linear"), origin.get("rows"))
         tower = {} if origin.get("vision") == "inside" else _taken(tensors, llava_names.is_vision)
         ours, others = _divided(checkpoint, origin)
-        files = {name.removeprefix(_FILE): ours.pop(name) for name in list(ours) if name.startswith(_FILE)}
+        files = {name: ours.pop(name) for name in list(ours) if name.startswith(llava_parts.FILE)}
         writer = weights.write_pickles if origin.get("weights") == "bin" else weights.write
         writer(folder, dict(sorted((tensors | ours).items())))
         if others:
             weights.write_file(folder / KEPT, others)
         where = Path(config.setdefault("mm_vision_tower", llava_config.TOWER)).name
         llava_parts.write_tower(tower, checkpoint.said, folder / where)
-        _write_beside(checkpoint, files, config, folder)
+        llava_parts.write_small(checkpoint.said, files, config, folder)
 
 
 @dataclass(kw_only=True)
@@ -131,9 +127,9 @@ class Original:
             start_end=start_end,
         )
         said.origin |= self.ours.get("origin", {})
-        files = [self.tokenizer / name for name in _CONFIG_FILES if (self.tokenizer / name).exists()]
-        kept = {_FILE + file.name: weights.file_bytes(file) for file in files}
-        return Checkpoint(format=format, why=why, said=said, tensors=named, kept=kept)
+        return Checkpoint(
+            format=format, why=why, said=said, tensors=named, kept=llava_parts.small_files(self.tokenizer)
+        )
 
     def _grow(self, named: dict[str, Entry], family: Any, text: Any, tokenizer: Any, image_token: int) -> int:
         """Room for the image's token in embedding and head, a multiple of 64 rows. Returns how many rows there were."""
@@ -214,27 +210,8 @@ def _taken(tensors: dict[str, Entry], wanted: Any) -> dict[str, Entry]:
 def _divided(checkpoint: Checkpoint, origin: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[str, Entry]]:
     """What is kept, this format's own and other formats'."""
     names = set(origin.get("kept", ()))
-    own = {name: one for name, one in checkpoint.kept.items() if name in names or name.startswith(_FILE)}
+    own = {name: one for name, one in checkpoint.kept.items() if name in names or name.startswith(llava_parts.FILE)}
     return own, {name: one for name, one in checkpoint.kept.items() if name not in own}
-
-
-def _write_beside(checkpoint: Checkpoint, files: Mapping[str, Entry], config: dict[str, Any], folder: Path) -> None:
-    """Everything but the weights: the files that came with the checkpoint, as they were, or the model's own."""
-    for name, entry in files.items():
-        (folder / name).write_bytes(bytes(entry.read().tolist()))
-    said = checkpoint.said
-    with quiet():
-        if "generation_config.json" not in files:
-            savable(said.generation).save_pretrained(folder)
-        if not any(name in files for name in llava_parts.TOKENIZER_FILES):
-            said.tokenizer.save_pretrained(folder)
-            carried = carry_sentencepiece(said.tokenizer, folder)
-            if not carried and said.config.text_config.model_type in ("llama", "mistral"):
-                console.warn(
-                    "the original code opens tokenizer.model, which this model does not have: copy the language "
-                    "model's own beside the weights for it (vistune does without)"
-                )
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 FORMAT = OriginalLlava()

@@ -1,5 +1,5 @@
-"""The parts that an original LLaVA checkpoint leaves to others: its vision tower's folder, and a tokenizer that knows
-where pictures stand. Knows folders of parts; nothing of the checkpoint's own tensors.
+"""What an original LLaVA checkpoint has beside its own tensors: a vision tower's folder, a tokenizer that knows where
+pictures stand, small files. Knows nothing of the tensors.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AddedToken, AutoTokenizer, PretrainedConfig
 
-from vistune import chat
+from vistune import chat, console
 from vistune.models import hub, weights
 from vistune.models.checkpoints import llava_names
 from vistune.models.families import Family
 from vistune.models.fit import COMPUTED
-from vistune.models.folders import Described, quiet, read_config, read_generation, refuse_unknown
+from vistune.models.folders import (
+    Described,
+    carry_sentencepiece,
+    quiet,
+    read_config,
+    read_generation,
+    refuse_unknown,
+    savable,
+)
 from vistune.models.towers import clip
 from vistune.models.weights import Entry
 from vistune.samples import IMAGE_MARK
 
+FILE = "file:"
+"""Before the name of a small file that is kept byte for byte."""
 STEP = 64
 """A vocabulary has a multiple of so many rows."""
 TOKENIZER_FILES = (
@@ -190,3 +200,28 @@ def read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
+
+
+def small_files(folder: Path) -> dict[str, Entry]:
+    """The bytes of tokenizer and generation settings as they lie in `folder`, by names under which they are kept."""
+    files = (folder / name for name in ("generation_config.json", *TOKENIZER_FILES))
+    return {FILE + file.name: weights.file_bytes(file) for file in files if file.exists()}
+
+
+def write_small(said: Described, files: Mapping[str, Entry], config: Mapping[str, Any], folder: Path) -> None:
+    """Everything but the weights: the small files that came with a checkpoint, as they were, or the model's own."""
+    names = {name.removeprefix(FILE) for name in files}
+    for name in names:
+        (folder / name).write_bytes(files[FILE + name].read().numpy().tobytes())
+    with quiet():
+        if "generation_config.json" not in names:
+            savable(said.generation).save_pretrained(folder)
+        if not names & set(TOKENIZER_FILES):
+            said.tokenizer.save_pretrained(folder)
+            carried = carry_sentencepiece(said.tokenizer, folder)
+            if not carried and said.config.text_config.model_type in ("llama", "mistral"):
+                console.warn(
+                    "the original code opens tokenizer.model, which this model does not have: copy the language "
+                    "model's own beside the weights for it (vistune does without)"
+                )
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
