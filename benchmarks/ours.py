@@ -22,7 +22,7 @@ import vistune
 from vistune import recipe as recipes
 from vistune.data.batch import Batch
 from vistune.samples import NO_LOSS
-from vistune.train import metrics, parallel, stage
+from vistune.train import metrics, precision, stage
 
 VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, vistune, PIL)}
 
@@ -97,9 +97,9 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
             super().step(row)
             clock.step(**{key: row[key] for key in ("loss", "tokens", "supervised", "padding")}, **seen[-1])
 
-    load_batches, report, has_bf16 = stage.load_batches, metrics.Report, parallel.has_bf16
+    load_batches, report, has_bf16 = stage.load_batches, metrics.Report, precision.has_bf16
     if job.get("bf16_anyway"):
-        parallel.has_bf16 = lambda device: True
+        precision.has_bf16 = lambda device: True
 
     def listened(*given: Any, **named: Any) -> Iterator[list[Batch]]:
         for batches in load_batches(*given, **named):
@@ -111,7 +111,7 @@ def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             stage.run(recipe(job, folder))
     finally:
-        stage.load_batches, metrics.Report, parallel.has_bf16 = load_batches, report, has_bf16
+        stage.load_batches, metrics.Report, precision.has_bf16 = load_batches, report, has_bf16
     return clock.steps
 
 

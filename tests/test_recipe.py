@@ -68,7 +68,7 @@ def test_an_unknown_key_names_the_nearest(file: Path, word: str, key: str, near:
 
 def test_an_unknown_key_without_a_near_one_lists_what_is_known(file: Path) -> None:
     text = refusal(file, "checkpoint.zzzz=1")
-    assert "Known keys: every, keep." in text
+    assert "Known keys: background, every, keep." in text
 
 
 def test_words_lie_over_the_file(file: Path) -> None:

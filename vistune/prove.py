@@ -19,8 +19,8 @@ from vistune.data.batch import Batch, Item, collate, read_planned
 from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe
-from vistune.train import learn, parallel
-from vistune.train.loss import StepModule
+from vistune.train import learn, precision
+from vistune.train.step import StepModule
 
 # Largest relative difference of the losses, and of the gradients, that rounding explains: fp32 sums in another order;
 # tf32 and bf16 have 10 and 7 bits of mantissa, and what they round differs with the shape of the row.
@@ -41,7 +41,7 @@ def prove(recipe: Recipe, packs: int = 8, world: Sequence[int] = (1, 2, 4, 8)) -
         raise ValueError(f"packs = {packs}: at least one pack is needed for a proof")
     device = ranks.start(recipe.train.device, recipe.parallel.timeout)
     try:
-        parallel.allow_tf32(recipe.train.tf32, device)
+        precision.allow_tf32(recipe.train.tf32, device)
         loaded = models.load(
             recipe.model.start,
             dtype=torch.float32,
@@ -181,11 +181,11 @@ class _Proof:
         self.recipe, self.device = recipe, device
         model: nn.Module = loaded.model
         learned = learn.apply(model, loaded.family, recipe)
-        self.dtype = parallel.compute_dtype(recipe.train.precision, device)
+        self.dtype = precision.compute_dtype(recipe.train.precision, device)
         if self.dtype != torch.float32:
             learn.lower_frozen(model, self.dtype)
         model.to(device).eval()  # without dropout, which would differ by itself
-        if recipe.train.precision == "bf16_true" and self.dtype != torch.float32:
+        if recipe.train.precision in precision.HALF_WEIGHTS and self.dtype != torch.float32:
             for one in model.parameters():
                 one.data = one.data.to(self.dtype)
         self.module = StepModule(model, loaded.family, loaded.layout, self.dtype)
@@ -250,7 +250,7 @@ class _Proof:
         return sums
 
     def _forward(self, batch: Batch) -> Tensor:
-        with parallel.autocast(self.recipe.train.precision, self.dtype, self.device):
+        with precision.autocast(self.recipe.train.precision, self.dtype, self.device):
             loss: Tensor = self.module(batch.to(self.device))
         return loss
 

@@ -108,18 +108,25 @@ class Lora(Section):
     targets: str = Field("", description="regular expression over full module paths; empty: every linear of the parts")
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     dora: bool = Field(False, description="learn magnitude and direction apart")
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="how the frozen matrices of the language model are held; 4bit: NF4 (QLoRA)"
+    )
+    double_quant: bool = Field(False, description="with 4bit: the blocks' scales are quantised too")
 
 
 class Optimizer(Section):
     """AdamW and its schedule. `warmup` below 1 is a share of the steps, from 1 on a number of steps."""
 
-    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    name: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: both moments in 8 bits (bitsandbytes)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="of matrices; biases and norms have none")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="from lr down to min_lr")
     warmup: float = Field(0.03, ge=0, description="linear, from 0")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+
+Recomputed = Literal["none", "selective", "full"]
 
 
 class Train(Section):
@@ -131,14 +138,22 @@ class Train(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the mixture")
     steps: int | None = Field(None, ge=1, description="instead of epochs")
     seed: int = Field(0, description="of the order of the data and of dropout")
-    precision: Literal["bf16", "bf16_true", "fp16", "fp32"] = Field(
+    precision: Literal["bf16", "bf16_true", "bf16_stochastic", "fp16", "fp32"] = Field(
         "bf16",
         description="bf16: fp32 weights, bf16 products; bf16_true: bf16 weights, fp32 masters in the optimizer; "
+        "bf16_stochastic: bf16 weights alone, updates rounded stochastically; "
         "without bf16 instructions a GPU computes in fp16, a CPU in fp32, and that is said",
     )
     tf32: bool = Field(True, description="for what is left in fp32, where the device has it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    checkpointing: Literal["none", "full"] = Field("none", description="full: compute activations twice, hold few")
+    checkpointing: Recomputed = Field(
+        "none", description="activations computed twice: none, all but the dear products' (selective), all of a layer"
+    )
+    checkpointing_vision: Recomputed | None = Field(None, description="of the vision layers; left out: as the others")
+    compile: bool = Field(False, description="torch.compile each layer by itself; the first steps take longer")
+    attention: Literal["auto", "varlen", "flex", "flash", "sdpa"] = Field(
+        "auto", description="the kernel of packs; auto: the fastest that this device proves to run"
+    )
     nonfinite_limit: int = Field(
         5, ge=1, description="steps with a non-finite loss or gradient in a row before it stops"
     )
@@ -147,7 +162,11 @@ class Train(Section):
 class Parallel(Section):
     """How the weights lie on the GPUs."""
 
-    shard: Literal["none", "zero2", "zero3"] = Field("none", description="accepted; every rank holds all weights yet")
+    shard: Literal["none", "zero2", "zero3"] = Field(
+        "none", description="zero2: gradients and optimizer in shards; zero3: weights too; one rank needs none of it"
+    )
+    replicas: int = Field(1, ge=1, description="whole copies of the sharded model; on several nodes, one a node")
+    offload: bool = Field(False, description="shards lie in the host's memory and are updated there")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may take")
 
 
@@ -156,6 +175,7 @@ class Checkpoint(Section):
 
     every: int = Field(500, ge=1, description="steps; also at the end and on SIGTERM or Ctrl-C")
     keep: int = Field(2, ge=1, description="the newest this many stay")
+    background: bool = Field(True, description="written while the next steps run")
 
 
 class Log(Section):
@@ -188,6 +208,15 @@ class Recipe(Section):
         for part in self.lora.parts if self.lora.r else ():
             if part not in named:
                 raise ValueError(f"lora.parts names {part}, but learn gives it no rate; add {part} = 2e-4 to [learn]")
+        if self.lora.quantize != "none" and not (self.lora.r and "language" in self.lora.parts):
+            raise ValueError(
+                f"lora.quantize = {self.lora.quantize}: quantised matrices cannot learn; "
+                "add adapters for the language model with lora.r"
+            )
+        if self.lora.double_quant and self.lora.quantize != "4bit":
+            raise ValueError('lora.double_quant: is of 4-bit scales; add lora.quantize = "4bit"')
+        if self.parallel.offload and self.parallel.shard == "none":
+            raise ValueError('parallel.offload: shards are what is offloaded; add parallel.shard = "zero3"')
         if self.data.group != "none" and self.data.pack:
             raise ValueError(f"data.group = {self.data.group!r} orders single samples; add data.pack = false")
         weights = [source.weight > 0 for source in self.data.sources]

@@ -15,7 +15,7 @@ from vistune.models import checkpoints, weights
 from vistune.models.convert import NotTheSame, convert
 from vistune.models.load import load, save, stored_tensors
 from vistune.models.proving.compare import compare
-from vistune.train.learn import merge_adapters, save_adapter
+from vistune.train.adapters import merge_adapters, save_adapter
 
 WHOLE = ORIGINAL / "llava-mlp2x_gelu"
 

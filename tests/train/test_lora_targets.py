@@ -15,7 +15,7 @@ from tests.made import made_recipe
 from vistune.models.families import family
 from vistune.models.load import load, save, stored_tensors
 from vistune.recipe import Lora
-from vistune.train import learn
+from vistune.train import adapters, learn
 from vistune.train.merge import merge
 
 IDS = torch.arange(5, 45)[None]
@@ -84,13 +84,13 @@ def test_targets_are_full_paths(folders, name):
     """A leaf's name that vision and language share finds the language model's only."""
     loaded = load(folders(name))
     lora = Lora(r=2, targets=r"\.0\..*(q_proj|qkv|fc1|up_proj)$")
-    found = learn.lora_targets(loaded.model, loaded.family, lora)
+    found = adapters.lora_targets(loaded.model, loaded.family, lora)
     inside = [path for path, _ in loaded.model.named_modules()]
     assert found and set(found) < set(inside)
     language = {id(one) for root in loaded.family.parts(loaded.model)["language"] for one in root.modules()}
     assert all(id(loaded.model.get_submodule(path)) in language for path in found)
     with pytest.raises(ValueError, match=r"lora\.targets = 'nothing_proj': matches no linear layer of language"):
-        learn.lora_targets(loaded.model, loaded.family, Lora(r=2, targets="nothing_proj"))
+        adapters.lora_targets(loaded.model, loaded.family, Lora(r=2, targets="nothing_proj"))
 
 
 @each_family
@@ -101,11 +101,11 @@ def test_an_adapter_is_read_by_peft_itself_and_merges_to_the_same(folders, name,
     loaded = load(folders(name))
     save(loaded, tmp_path / "start", card="")
     adapt(loaded)
-    learn.save_adapter(loaded.model, tmp_path / "adapter", str(tmp_path / "start"))
+    adapters.save_adapter(loaded.model, tmp_path / "adapter", str(tmp_path / "start"))
     with torch.no_grad():
         expected = loaded.model(input_ids=IDS).logits
     merged = load(merge(tmp_path / "adapter", tmp_path / "merged")).model.state_dict()
-    learn.merge_adapters(loaded.model, stored_tensors(loaded))
+    adapters.merge_adapters(loaded.model, stored_tensors(loaded))
     ours = loaded.model.state_dict()
     assert ours.keys() == merged.keys()
     assert not [n for n, tensor in ours.items() if not torch.equal(tensor.to(merged[n].dtype), merged[n])]
@@ -128,6 +128,6 @@ def test_the_real_sizes_have_the_adapters_that_llava_trains(hidden, ffn, layers,
     config = transformers.LlavaConfig(text_config={"model_type": "llama", "num_attention_heads": 32, **text})
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(config)
-    paths = learn.lora_targets(model, family("llava"), Lora(r=128))
+    paths = adapters.lora_targets(model, family("llava"), Lora(r=128))
     assert len(paths) == 7 * layers
     assert sum(128 * sum(model.get_submodule(path).weight.shape) for path in paths) == parameters

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from tests.made import made_data, made_recipe
 from tests.runs import finish_run, run_both, start_run
 from vistune import recipe as recipes
-from vistune.train import checkpoint, learn, loop, metrics, parallel, stage
+from vistune.train import checkpoint, learn, loop, metrics, stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +124,7 @@ def test_a_connector_checkpoint_holds_only_the_connector(start, data, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_true", "fp16"])
 def test_resume_is_bit_for_bit(start, data, tmp_path, precision, monkeypatch):
     """Stopped by a fault after step 3, taken up from the checkpoint of step 2."""
-    monkeypatch.setattr(parallel, "has_bf16", lambda device: True)  # also on a CPU that only imitates it
+    monkeypatch.setattr(precisions, "has_bf16", lambda device: True)  # also on a CPU that only imitates it
     train = {"precision": precision, "batch": 4}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     stage.run(made_recipe(start, data, whole, train=train))
@@ -330,8 +330,8 @@ def test_unknown_learn_keys(start, data, tmp_path):
     ],
 )
 def test_a_device_without_bf16_gets_another_type_and_says_so(precision, kind, has, dtype, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "has_bf16", lambda device: has)
-    assert parallel.compute_dtype(precision, torch.device(kind)) == dtype
+    monkeypatch.setattr(precisions, "has_bf16", lambda device: has)
+    assert precisions.compute_dtype(precision, torch.device(kind)) == dtype
     assert ("has no bf16 instructions" in capsys.readouterr().err) == (not has)
 
 

@@ -19,12 +19,12 @@ import torch
 from vistune import console, ranks
 from vistune.data.batch import Batch
 from vistune.recipe import Recipe
-from vistune.train import parallel
+from vistune.train import parallel, precision
 from vistune.train.checkpoint import seed_step
-from vistune.train.loss import StepModule
 from vistune.train.metrics import memory
-from vistune.train.optimizer import Optimizer, scale_gradients, total_norm
+from vistune.train.optimizer import Optimizer, scale_gradients
 from vistune.train.quarantine import Ledger
+from vistune.train.step import StepModule
 
 
 @dataclass
@@ -182,11 +182,11 @@ class Loop:
     def _backward(self, batches: list[Batch], supervised: int) -> float:
         """Gradients of the step's mean loss over `supervised` tokens of all ranks, and that loss."""
         total = torch.zeros((), device=self.device)
-        factor = self.state.scale.value / max(1, supervised)
+        factor = self.state.scale.value * parallel.loss_factor() / max(1, supervised)
         for batch in batches:
             if not len(batch.targets):
                 continue
-            with parallel.autocast(self.recipe.train.precision, self.dtype, self.device):
+            with precision.autocast(self.recipe.train.precision, self.dtype, self.device):
                 loss = self.module(batch.to(self.device))
             if loss.requires_grad:  # a batch of text alone leaves a lone connector untouched
                 (loss * factor).backward()
@@ -198,9 +198,9 @@ class Loop:
         skipped and counted. Returns the gradient norm before clipping."""
         scale, clip = self.state.scale, self.recipe.optimizer.clip
         gradients = self.optimizer.gradients()
-        parallel.sum_gradients(gradients)
+        parallel.reduce(gradients)
         parallel.average(parallel.followed(self.module).values())
-        norm = float(total_norm(gradients)) / scale.value
+        norm = float(parallel.norm(gradients)) / scale.value
         if not (math.isfinite(norm) and math.isfinite(loss)):
             self._count_nonfinite(batches, norm, loss)
         elif totals.supervised == 0:

@@ -1,4 +1,4 @@
-"""The exact loss: cross-entropy summed over supervised rows, and the module whose forward is that loss.
+"""The exact loss: cross-entropy summed over supervised rows.
 
 Logits exist for one chunk of supervised rows at a time, never for a sequence. Knows nothing of optimizers or ranks.
 """
@@ -9,10 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from vistune.data.batch import Batch
-from vistune.images import Layout, normalize
-from vistune.models.families import Family
 
 CHUNK_BYTES = 64 << 20
 """Room for the fp32 logits of one chunk."""
@@ -71,21 +67,3 @@ def cross_entropy_sum(hidden_SD: Tensor, head: nn.Linear, targets_S: Tensor) -> 
         hidden_SD = hidden_SD.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden_SD, head.weight, head.bias, targets_S)
-
-
-class StepModule(nn.Module):
-    """Model and loss as one module: forward(batch) is the summed loss. It is the root that sharding wraps, so that the
-    head's weight is gathered where it is used."""
-
-    def __init__(self, model: nn.Module, family: Family, layout: Layout, dtype: torch.dtype):
-        super().__init__()
-        self.model = model
-        self.family = family
-        self.layout = layout
-        self.dtype = dtype
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Summed cross-entropy over the batch's supervised tokens: fp32 scalar."""
-        pixels = None if batch.pixels is None else normalize(batch.pixels, self.layout, self.dtype)
-        hidden_TD = self.family.hidden(self.model, batch.ids, batch.positions, batch.lengths, pixels, batch.grids)
-        return cross_entropy_sum(hidden_TD[batch.rows], self.family.head(self.model), batch.targets)

@@ -19,7 +19,7 @@ from vistune import recipe as recipes
 from vistune.models import hub
 from vistune.models import merge as room
 from vistune.models.weights import Entry
-from vistune.train import checkpoint, learn
+from vistune.train import adapters, checkpoint
 
 
 def merge(
@@ -79,7 +79,7 @@ def read_checkpoint(folder: Path, recipe: recipes.Recipe) -> room.Learned:
         for name, one in held.items()
         if name.startswith("model/") and isinstance(one, TensorStorageMetadata)
     }
-    return room.sort(tensors, learn.lora_config(recipe.lora, []) if recipe.lora.r else None)
+    return room.sort(tensors, adapters.lora_config(recipe.lora, []) if recipe.lora.r else None)
 
 
 def _entry(folder: Path, name: str, one: TensorStorageMetadata) -> Entry:

@@ -6,7 +6,6 @@ Knows nothing of models or data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -121,11 +120,6 @@ class Optimizer:
             state["exp_avg"] = torch.zeros_like(master)
             state["exp_avg_sq"] = torch.zeros_like(master)
         return state
-
-
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all gradients, fp32 scalar on their device."""
-    return torch.nn.utils.get_total_norm(list(gradients))
 
 
 def scale_gradients(gradients: list[Tensor], factor: Tensor | float) -> None:

@@ -1,64 +1,32 @@
-"""How a step is spread over ranks. Today every rank holds the whole model and gradients are summed.
-
-Activation checkpointing and the compute types live here too, since they wrap the model in this order:
-checkpointing -> (compile) -> (sharding).
+"""How a step is spread over ranks: the model wrapped as the recipe says (activations computed again, compiled,
+sharded, in this order), and what the loop asks of gradients that may lie in shards.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vistune import console, ranks
+from vistune.models.families import Family
 from vistune.recipe import Recipe
+from vistune.train import compiling, recompute
 
 BUCKET_BYTES = 64 << 20
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the products. Where a device has no bf16 another type serves, and that is said: fp16 with loss
-    scaling on a GPU (V100, T4), fp32 on a CPU, which would only imitate bf16, several times slower than fp32."""
-    if precision == "fp32":
-        return torch.float32
-    if precision == "fp16":
-        return torch.float16
-    if has_bf16(device):
-        return torch.bfloat16
-    instead, name = (torch.float32, "fp32") if device.type == "cpu" else (torch.float16, "fp16 with loss scaling")
-    console.warn(f"train.precision = {precision}: {device} has no bf16 instructions; computing in {name}")
-    return instead
+def sharded(recipe: Recipe) -> bool:
+    """Whether the weights lie in shards: the recipe says so and there is more than one rank."""
+    return recipe.parallel.shard != "none" and ranks.world() > 1
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 by itself; asked of the hardware, so that a resumed run decides alike."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def autocast(precision: str, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Autocast for mixed precision; nothing for fp32 and for weights that are half precision themselves."""
-    if dtype == torch.float32 or precision == "bf16_true":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
-
-
-def allow_tf32(wanted: bool, device: torch.device) -> None:
-    """tf32 products for fp32 work, only where the device has them (compute capability 8 on)."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        torch.set_float32_matmul_precision("high" if wanted else "highest")
-
-
-def prepare(model: nn.Module, recipe: Recipe) -> None:
-    """Wrap the model as the recipe says; says so where this machine or this version does it otherwise."""
+def prepare(module: nn.Module, model: nn.Module, family: Family, recipe: Recipe) -> None:
+    """Wrap the step `module` and the `model` in it as the recipe says; says so where it is done otherwise."""
     if recipe.parallel.shard != "none" and ranks.world() == 1:
         console.say(f"parallel.shard = {recipe.parallel.shard}: one rank, nothing to shard; same steps by accumulation")
     elif recipe.parallel.shard != "none":
@@ -66,10 +34,38 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
             f"parallel.shard = {recipe.parallel.shard}: weights are not sharded yet, every rank holds the whole model; "
             "the steps and their results are the same"
         )
-    if recipe.train.checkpointing == "full":
-        enable: Any = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
-        enable = enable or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    recompute.wrap(model, family, recipe.train)
+    compiling.wrap(model, family, recipe)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard (a view), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(held: Tensor, like: Tensor) -> Tensor:
+    """The tensor laid out over the ranks as `like` is, of which this rank holds `held`; no copy."""
+    if not isinstance(like, DTensor):
+        return held
+    return DTensor.from_local(
+        held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def loss_factor() -> float:
+    """What a micro-batch's loss is multiplied by so that the gradients that come out are sums over the ranks."""
+    return 1.0
+
+
+def reduce(gradients: Sequence[Tensor]) -> None:
+    """Sum over the ranks, in place, the gradients that sharding has not summed already."""
+    sum_gradients([one for one in gradients if not isinstance(one, DTensor)])
+
+
+def norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all gradients and all their shards: fp32 scalar on their device. The host does not wait."""
+    found: Any = torch.nn.utils.get_total_norm(list(gradients))
+    return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def followed(model: nn.Module) -> dict[str, Tensor]:

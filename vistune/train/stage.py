@@ -22,12 +22,12 @@ from vistune.data.plan import Plan
 from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
-from vistune.train import checkpoint, learn, metrics, parallel, record
+from vistune.train import checkpoint, export, learn, metrics, parallel, precision, record
 from vistune.train.learn import Learned
 from vistune.train.loop import Loop, State, line
-from vistune.train.loss import StepModule
 from vistune.train.optimizer import Optimizer
 from vistune.train.quarantine import Ledger
+from vistune.train.step import StepModule
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     device = ranks.start(recipe.train.device, recipe.parallel.timeout)
     try:
-        parallel.allow_tf32(recipe.train.tf32, device)
+        precision.allow_tf32(recipe.train.tf32, device)
         folder = claim(recipe)
         loaded = load_model(recipe)
         learned = learn.apply(loaded.model, loaded.family, recipe)
@@ -129,14 +129,15 @@ def make_loop(
     data: Data,
 ) -> Loop:
     """Put the model on the device, wrap it, and give it an optimizer and a ledger."""
-    precision = recipe.train.precision
-    dtype = parallel.compute_dtype(precision, device)
+    wanted = recipe.train.precision
+    dtype = precision.compute_dtype(wanted, device)
     model: nn.Module = loaded.model
     if dtype != torch.float32:
         learn.lower_frozen(model, dtype)
     model.to(device)
-    parallel.prepare(model, recipe)
-    true_half = precision == "bf16_true" and dtype != torch.float32
+    module = StepModule(model, loaded.family, loaded.layout, dtype)
+    parallel.prepare(module, model, loaded.family, recipe)
+    true_half = wanted == "bf16_true" and dtype != torch.float32
     optimizer = Optimizer(recipe.optimizer, learned, data.plan.steps, true_half=true_half)
     if true_half:
         for parameter in model.parameters():  # after the optimizer has taken its fp32 masters; buffers stay fp32
@@ -148,7 +149,7 @@ def make_loop(
         state.scale.value = 65536.0
     return Loop(
         recipe=recipe,
-        module=StepModule(model, loaded.family, loaded.layout, dtype),
+        module=module,
         optimizer=optimizer,
         device=device,
         dtype=dtype,
@@ -270,18 +271,11 @@ def _try_export(folder: Path, loaded: models.Loaded) -> None:
 
 def finish(recipe: Recipe, folder: Path, loaded: models.Loaded, data: Data, loop: Loop) -> dict[str, Any]:
     """Write the model folder and the summary."""
-    summary: dict[str, Any] = {}
-
-    def export() -> None:
-        summary.update(record.summarize(folder, metrics.read(folder), loop))
-        if recipe.lora.r:
-            learn.save_adapter(loaded.model, folder / "adapter", recipe.model.start)
-            learn.merge_adapters(loaded.model, models.stored_tensors(loaded))
-        with checkpoint.disk_errors(folder / "model"):
-            text = record.card(recipe, data.index, summary)
-            models.save(loaded, folder / "model", frozen_from=loaded.source, card=text)
+    rows = metrics.read(folder) if ranks.is_first() else []
+    summary = ranks.from_first(record.summarize(folder, rows, loop) if rows else {})
+    model = export.write(recipe, folder, loaded, record.card(recipe, data.index, summary))
+    if ranks.is_first():
+        with checkpoint.disk_errors(folder):
             record.write(folder / "summary.json", json.dumps(summary, indent=2))
-        console.say(f"model folder: {folder / 'model'}")
-
-    ranks.on_first(export)
-    return ranks.from_first(summary)
+    console.say(f"model folder: {model}")
+    return summary
