@@ -115,7 +115,11 @@ class Interrupted(Exception):
 
 @dataclass
 class Loop:
-    """All that a step needs. `flops` gives the floating point operations of one micro-batch, forward and backward."""
+    """All that a step needs. `flops` gives the floating point operations of one micro-batch, forward and backward.
+
+    `beat` hears what this rank is about to do (data, forward, update, save) with which samples (source, row).
+    `ending` says that the run cannot go on: every rank then calls `save` after the same step, and it raises.
+    """
 
     recipe: Recipe
     module: StepModule
@@ -129,6 +133,8 @@ class Loop:
     peak: float
     report: Callable[[dict[str, Any]], None]
     save: Callable[[State], None]
+    beat: Callable[[str, list[tuple[int, int]]], None] = lambda phase, keys: None
+    ending: Callable[[], bool] = lambda: False
 
     def run(self, batches: Iterator[list[Batch]]) -> None:
         """Steps `state.step + 1 .. steps`. Raises Interrupted after a signal, ValueError when the run must stop."""
@@ -138,11 +144,13 @@ class Loop:
                 task = bar.add_task("train", total=self.steps, completed=self.state.step, note="")
                 while self.state.step < self.steps:
                     began = time.perf_counter()
+                    self.beat("data", [])
                     row = self.step(next(batches), stop, began)
                     self.report(row)
                     bar.update(task, advance=1, note=f"loss {row['loss']:.4f}")
                     due = self.state.step % self.recipe.checkpoint.every == 0 or self.state.step == self.steps
                     if due or row["stop"]:
+                        self.beat("save", [])
                         self.save(self.state)
                     if row["stop"] and self.state.step < self.steps:
                         raise Interrupted(stop.signal or signal.SIGTERM, self.state.step)
@@ -173,7 +181,7 @@ class Loop:
             sum(len(b.ids) for b in batches),
             sum(b.samples for b in batches),
             sum(len(b.faults) for b in batches),
-            int(stop.signal != 0),
+            int(stop.signal != 0 or self.ending()),
         ]
         if ranks.world() > 1:
             mine = ranks.all_sum(torch.tensor(mine, device=self.device)).tolist()
@@ -186,6 +194,7 @@ class Loop:
         for batch in batches:
             if not len(batch.targets):
                 continue
+            self.beat("forward", batch.keys)
             with precision.autocast(self.recipe.train.precision, self.dtype, self.device):
                 loss = self.module(batch.to(self.device))
             if loss.requires_grad:  # a batch of text alone leaves a lone connector untouched
@@ -197,6 +206,7 @@ class Loop:
         """Sum the gradients over the ranks, clip, update. A step that is not finite, or supervises nothing, is
         skipped and counted. Returns the gradient norm before clipping."""
         scale, clip = self.state.scale, self.recipe.optimizer.clip
+        self.beat("update", [])
         gradients = self.optimizer.gradients()
         parallel.reduce(gradients)
         parallel.average(parallel.followed(self.module).values())
