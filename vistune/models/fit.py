@@ -1,4 +1,4 @@
-"""Whether tensors are those of a model, by names and shapes alone.
+"""Whether tensors are those of a model, by names and shapes alone, and which is which.
 
 Knows families by their protocol; reads no tensor.
 """
@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from vistune.models.checkpoints import Checkpoint
 from vistune.models.families import Family
 from vistune.models.folders import Described, quiet
+from vistune.models.weights import Entry
 
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|position_ids$|masked_bias$|\.attn\.bias$")
 """Buffers that older files carry and that every model computes by itself."""
 
+HEAD = "lm_head.weight"
+"""Of every family, in the model."""
 
 MISSING, EXTRA = "missing", "not of this model"
 SHAPES, NONFINITE = "of another shape than config.json says", "not finite (NaN or infinity)"
@@ -44,22 +48,51 @@ def expected(said: Described) -> dict[str, tuple[int, ...]]:
     return {said.family.stored_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check(found: Checkpoint, where: str) -> None:
-    """ValueError, with the first ten and their count, for tensors that the family's model lacks, has besides, or has in
-    another shape. No tensor is read."""
-    wanted = {plain(name): (name, shape) for name, shape in expected(found.said).items()}
-    given = {plain(name): (name, entry.shape) for name, entry in found.tensors.items() if not COMPUTED.search(name)}
-    head = plain(found.said.family.stored_name("lm_head.weight"))
-    missing = [name for key, (name, _) in wanted.items() if key not in given and key != head]
-    extra = [name for key, (name, _) in given.items() if key not in wanted]
-    shapes = [
-        f"{name} is {list(given[key][1])}, not {list(shape)}"
-        for key, (name, shape) in wanted.items()
-        if key in given and given[key][1] != shape
-    ]
-    if head in wanted and head not in given and not ties(found.said.config):
-        missing.append(wanted[head][0])
+class Given:
+    """Stored tensors, found by the names that the family publishes, or by those of other versions' layouts."""
+
+    def __init__(self, tensors: Mapping[str, Entry]):
+        self.tensors = tensors
+        self.names = {plain(name): name for name in tensors}
+
+    def name(self, published: str) -> str | None:
+        return published if published in self.tensors else self.names.get(plain(published))
+
+    def get(self, published: str) -> Entry | None:
+        name = self.name(published)
+        return None if name is None else self.tensors[name]
+
+
+def match(family: Family, model: nn.Module, given: Given, tied: bool, where: str) -> dict[str, str]:
+    """The stored name of each of the model's tensors, by its name in the model; of a head that is `tied` to the
+    embedding, none.
+
+    ValueError, with the first ten and their count, for tensors that the model lacks, has besides, or has in another
+    shape.
+    """
+    found, missing, shapes = {}, [], []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        published = family.stored_name(name)
+        stored = given.name(published)
+        if tied and name == HEAD:
+            continue
+        if stored is None:
+            missing.append(published)
+        elif given.tensors[stored].shape != tuple(tensor.shape):
+            shapes.append(f"{stored} is {list(given.tensors[stored].shape)}, not {list(tensor.shape)}")
+        if stored is not None:
+            found[name] = stored
+    used = {*found.values(), given.name(family.stored_name(HEAD)) if tied else None}
+    extra = [name for name in given.tensors if name not in used and not COMPUTED.search(name)]
     refuse(where, {MISSING: missing, EXTRA: extra, SHAPES: shapes})
+    return found
+
+
+def check(found: Checkpoint, where: str) -> None:
+    """`match`, of the model that a checkpoint says it is. A head that is not there is tied if config.json says so."""
+    family, given = found.said.family, Given(found.tensors)
+    tied = given.name(family.stored_name(HEAD)) is None and ties(found.said.config)
+    match(family, skeleton(family, found.said.config), given, tied, where)
 
 
 def refuse(where: Path | str, kinds: Mapping[str, Iterable[str]]) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from vistune import console
 from vistune.models import checkpoints, weights
 from vistune.models.families import Family
-from vistune.models.fit import COMPUTED, EXTRA, MISSING, NONFINITE, SHAPES, plain, refuse, skeleton, ties
+from vistune.models.fit import EXTRA, HEAD, MISSING, NONFINITE, SHAPES, Given, match, refuse, skeleton, ties
 from vistune.models.folders import Described, beside, quiet, write_described
 from vistune.models.weights import Entry
 
@@ -31,10 +31,12 @@ Place = Callable[[Family, PreTrainedModel, str, Tensor], None]
 
 @dataclass(kw_only=True)
 class Loaded(Described):
-    """A model with everything that goes with it. `source` has its tensors as they lie on disk, by their names there."""
+    """A model with everything that goes with it. `source` has its tensors as they lie on disk, by their names there;
+    `where` is what errors call it."""
 
     model: PreTrainedModel
     source: Mapping[str, Entry]
+    where: str = "model"
 
 
 def load(
@@ -55,11 +57,38 @@ def load(
     weights, for values that are not finite, and for a template or tokenizer that does not fit.
     """
     found = checkpoints.read(folder, base=base, template=template, image=image, options=options)
-    said = found.said
-    where = f"{folder} ({found.format}: {found.why})"
+    said, where = found.said, _where(folder, found)
     model = build(said.family, said.config, found.tensors, dtype, where, place=place)
     model.generation_config = said.generation
-    return Loaded(**vars(said), model=model, source=found.tensors)
+    return Loaded(**vars(said), model=model, source=found.tensors, where=where)
+
+
+def outline(
+    folder: Path | str,
+    *,
+    template: str | None = None,
+    image: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    base: Path | str | None = None,
+) -> Loaded:
+    """All of `load` but the values: the parameters are fp32 on the meta device and take no memory, the buffers that a
+    model computes by itself are there. `vistune.models.filling` gives it memory and values.
+
+    Raises ValueError as `load` does, for values that are not finite apart, which nobody has read yet.
+    """
+    found = checkpoints.read(folder, base=base, template=template, image=image, options=options)
+    said, where = found.said, _where(folder, found)
+    model, _ = _empty(said.family, said.config, Given(found.tensors), where)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    _tie(said.family, model)
+    model.config.dtype = torch.float32
+    model.generation_config = said.generation
+    return Loaded(**vars(said), model=model.eval(), source=found.tensors, where=where)
+
+
+def _where(folder: Path | str, found: checkpoints.Checkpoint) -> str:
+    return f"{folder} ({found.format}: {found.why})"
 
 
 def describe(
@@ -89,33 +118,37 @@ def build(
     The head is tied to the embedding when config.json says so and none is stored, or one that equals it; never when
     that would lose a head. `finite=False` leaves it to the caller to look for values that are not.
     """
-    given = _Given(tensors)
-    _decide_tie(family, config, given)
-    model = skeleton(family, config)
-    _fill(family, model, given, dtype, where, finite, place or as_read)
-    if config.tie_word_embeddings:
-        family.head(model).weight = model.get_input_embeddings().weight  # type: ignore[assignment]
+    given = Given(tensors)
+    model, found = _empty(family, config, given, where)
+    bad = []
+    for name, stored in found.items():
+        value = _owned(given.tensors[stored], dtype)
+        if finite and value.is_floating_point() and not torch.isfinite(value).all():
+            bad.append(stored)
+        (place or as_read)(family, model, name, value)
+    refuse(where, {NONFINITE: bad})
+    _tie(family, model)
     model.config.dtype = dtype if isinstance(dtype, torch.dtype) else next(model.parameters()).dtype
     return model.eval()
 
 
-class _Given:
-    """Stored tensors, found by the names that the family publishes, or by those of other versions' layouts."""
-
-    def __init__(self, tensors: Mapping[str, Entry]):
-        self.tensors = tensors
-        self.names = {plain(name): name for name in tensors}
-
-    def name(self, published: str) -> str | None:
-        return published if published in self.tensors else self.names.get(plain(published))
-
-    def get(self, published: str) -> Entry | None:
-        name = self.name(published)
-        return None if name is None else self.tensors[name]
+def _empty(
+    family: Family, config: PretrainedConfig, given: Given, where: str
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model without memory, which `given` is seen to fit, and the stored name of each of its tensors. What
+    config.json says of the head is made true first."""
+    _decide_tie(family, config, given)
+    model = skeleton(family, config)
+    return model, match(family, model, given, config.tie_word_embeddings, where)
 
 
-def _decide_tie(family: Family, config: PretrainedConfig, given: _Given) -> None:
-    head, embedding = (given.get(family.stored_name(name)) for name in ("lm_head.weight", family.embedding))
+def _tie(family: Family, model: PreTrainedModel) -> None:
+    if model.config.tie_word_embeddings:
+        family.head(model).weight = model.get_input_embeddings().weight  # type: ignore[assignment]
+
+
+def _decide_tie(family: Family, config: PretrainedConfig, given: Given) -> None:
+    head, embedding = (given.get(family.stored_name(name)) for name in (HEAD, family.embedding))
     said = ties(config)
     if head is None or embedding is None:
         tied = head is None and said  # where it does not say so, a head is missing
@@ -126,39 +159,6 @@ def _decide_tie(family: Family, config: PretrainedConfig, given: _Given) -> None
     config.tie_word_embeddings = tied
     if (text := getattr(config, "text_config", None)) is not None:
         text.tie_word_embeddings = tied
-
-
-def _fill(
-    family: Family,
-    model: PreTrainedModel,
-    given: _Given,
-    dtype: torch.dtype | str,
-    where: str,
-    finite: bool,
-    place: Place,
-) -> None:
-    missing, shapes, bad, used = [], [], [], set()
-    tied = model.config.tie_word_embeddings
-    for name, empty in model.state_dict(keep_vars=True).items():
-        if tied and name == "lm_head.weight":
-            continue
-        stored = family.stored_name(name)
-        found = given.name(stored)
-        if found is None:
-            missing.append(stored)
-            continue
-        used.add(found)
-        entry = given.tensors[found]
-        if entry.shape != tuple(empty.shape):
-            shapes.append(f"{found} is {list(entry.shape)}, not {list(empty.shape)}")
-            continue
-        value = _owned(entry, dtype)
-        if finite and value.is_floating_point() and not torch.isfinite(value).all():
-            bad.append(found)
-        place(family, model, name, value)
-    extra = [name for name in given.tensors if name not in used and not COMPUTED.search(name)]
-    extra = [name for name in extra if not (tied and name == given.name(family.stored_name("lm_head.weight")))]
-    refuse(where, {MISSING: missing, EXTRA: extra, SHAPES: shapes, NONFINITE: bad})
 
 
 def _owned(entry: Entry, dtype: torch.dtype | str) -> Tensor:
@@ -250,7 +250,7 @@ def check_save(loaded: Described, folder: Path | str) -> None:
 
 def stored_tensors(loaded: Loaded) -> Callable[[str], Tensor]:
     """What gives a tensor by its name in the model, as it lies on disk."""
-    given = _Given(loaded.source)
+    given = Given(loaded.source)
 
     def read(name: str) -> Tensor:
         entry = given.get(loaded.family.stored_name(name))
@@ -262,7 +262,7 @@ def stored_tensors(loaded: Loaded) -> Callable[[str], Tensor]:
 
 def _tensors(loaded: Loaded, frozen_from: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[str, Entry]:
     """Names on disk and tensors, in the model's order; tied weights once."""
-    given = _Given(frozen_from)
+    given = Given(frozen_from)
     seen: set[int] = set()
     found = {}
     for name, tensor in loaded.model.state_dict(keep_vars=True).items():
