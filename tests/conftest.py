@@ -8,6 +8,17 @@ import torch
 from tests.made import made_data, stage0
 
 
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--runslow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))
+
+
 @pytest.fixture
 def one_thread():
     """Sums come in one order."""
