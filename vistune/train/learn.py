@@ -5,7 +5,8 @@ Knows parts and layers through the family, nothing of optimizers or data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
         if not found:
             raise ValueError(f"learn.{key}: names no parameter of this model")
     return [taken[name] for name in names.values() if name in taken]
+
+
+def again(model: nn.Module, learned: Iterable[Learned]) -> list[Learned]:
+    """The same list of a model whose parameters were replaced (sharded, given memory): found again by name."""
+    parameters = dict(model.named_parameters())
+    return [replace(one, parameter=parameters[one.name]) for one in learned]
 
 
 def _modules(model: nn.Module, family: Family, key: str) -> list[nn.Module]:
