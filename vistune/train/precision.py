@@ -6,6 +6,7 @@ import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 from vistune import console
 
@@ -34,6 +35,21 @@ def has_bf16(device: torch.device) -> bool:
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def lay(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
+    """Give each parameter of a model in outline the type that it is held in, products being of `dtype`.
+
+    What learns is fp32; frozen matrices are `dtype`, half the memory and no cast at every step; frozen vectors (norms,
+    biases) fp32. With half-precision weights all are `dtype`. Quantised layers keep their own types.
+    """
+    half = precision in HALF_WEIGHTS
+    for module in model.modules():
+        for parameter in () if hasattr(module, "pieces") else module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                frozen = dtype if parameter.ndim > 1 else torch.float32
+                held = dtype if half else torch.float32 if parameter.requires_grad else frozen
+                parameter.data = parameter.data.to(held)
 
 
 def autocast(precision: str, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
