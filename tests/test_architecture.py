@@ -21,6 +21,7 @@ PACKAGE = ROOT / "vistune"
 ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     # room: (floor, its modules and packages under vistune). Inside a room modules import each other freely.
     "version": (0, ("",)),
+    "limits": (0, ("limits",)),
     "samples": (1, ("samples",)),
     "files": (1, ("files",)),
     "recipe": (1, ("recipe",)),
@@ -61,7 +62,7 @@ LATE: dict[str, str] = {
     "torch.nn.attention.varlen": "not on every device and build",
 }
 LATE_FILES = dict.fromkeys(
-    ("cli.py", "cli_data.py", "cli_models.py"),
+    ("__main__.py", "cli.py", "cli_data.py", "cli_models.py"),
     "a verb imports its room when it is asked for, so that --help answers at once",
 )
 
