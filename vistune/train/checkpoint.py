@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what learned, the optimizer, and where the run stands. Written beside, then renamed.
+"""Checkpoints of a run: what learned, the optimizer, and where the run stands. `saving` writes them.
 
 Through `torch.distributed.checkpoint`, so a run may come back on another number of ranks. Frozen weights are not in
 it: they are in the start folder. Knows nothing of the loop.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from vistune import ranks
 from vistune.recipe import Recipe
@@ -36,37 +37,21 @@ MAY_DIFFER = (
 def folders(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and (p / "run.json").is_file())
+    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and is_whole(p))
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands, or will."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(folder.name.removeprefix("step-"))
-
-
-def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write checkpoint `step` and drop all but the newest `keep`. A kill at any moment leaves the older ones whole."""
-    target = run / "checkpoints" / f"step-{step:08d}"
-    beside = target.with_name(target.name + ".tmp")
-    with disk_errors(target):
-        if ranks.is_first():
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        ranks.barrier()
-        with warnings.catch_warnings():  # one process without a process group is a case of its own for DCP, and meant
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.save(tensors, checkpoint_id=beside)
-        if ranks.is_first():
-            (beside / "run.json").write_text(json.dumps(state), encoding="utf-8")
-            _sync(beside)
-            if target.exists():  # the same step again, after a resume: the same bytes
-                shutil.rmtree(target)
-            os.replace(beside, target)
-            _sync(target.parent)
-            for old in folders(run)[:-keep]:
-                shutil.rmtree(old)
-    ranks.barrier()
-    return target
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -75,9 +60,9 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, checkpoint_id=folder)
-    except Exception as error:  # DCP wraps what its planner and storage raise
+    except (Exception, CheckpointException) as error:  # the last is no Exception to DCP
         raise ValueError(
-            f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0][:200]}). "
+            f"checkpoint {folder}: cannot be read ({str(_root(error)).splitlines()[0][:200]}). "
             "If an older checkpoint stands beside it, remove this one and start again."
         ) from error
     return read_state(folder)
@@ -118,14 +103,18 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: tree}
 
 
-def _sync(folder: Path) -> None:
-    """Flush a folder's files, then its own entry, to the disk, before a rename makes them count."""
-    for path in [p for p in folder.iterdir() if p.is_file()] + [folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.ESTALE)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The OSError under an error, through what DCP wraps around it and what it was raised from; else the error."""
+    if isinstance(error, CheckpointException):  # of one rank or several
+        inner = [_root(one) for one, _ in error.failures.values()]
+        return next((one for one in inner if isinstance(one, OSError)), inner[0] if inner else error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 @contextmanager
@@ -133,15 +122,14 @@ def disk_errors(target: Path) -> Iterator[None]:
     """A full disk or a read-only folder becomes one sentence; nothing that stood before is touched."""
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        text = str(error)
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except (Exception, CheckpointException) as error:
+        cause, text = _root(error), str(error)
+        if isinstance(cause, OSError) and cause.errno in _DISK:
             reason = os.strerror(cause.errno or 0)
         elif "No space left" in text or "PytorchStreamWriter failed writing" in text:
             reason = os.strerror(errno.ENOSPC)
+        elif isinstance(error, CheckpointException):
+            raise RuntimeError(f"{target}: {text}") from error
         else:
             raise
         place = next(p for p in (target, *target.parents) if p.exists())

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vistune import console, inputs, ranks
 from vistune.data.batch import Batch
@@ -20,13 +20,15 @@ from vistune.data.index import Index
 from vistune.data.loader import load as load_batches
 from vistune.data.plan import Plan
 from vistune.inputs import Data
+from vistune.models import filling
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
-from vistune.train import checkpoint, export, learn, metrics, parallel, precision, record
+from vistune.train import adapters, checkpoint, export, learn, metrics, parallel, precision, record
 from vistune.train.learn import Learned
 from vistune.train.loop import Loop, State, line
 from vistune.train.optimizer import Optimizer
 from vistune.train.quarantine import Ledger
+from vistune.train.saving import Saver
 from vistune.train.step import StepModule
 
 
@@ -85,8 +87,9 @@ def _refuse_other(recipe: Recipe, saved: Path) -> None:
 
 
 def load_model(recipe: Recipe) -> models.Loaded:
+    """The model in outline: nothing of it is in memory before it is known where and how it lies."""
     said = recipe.model
-    return models.load(said.start, template=said.template, image=said.image, options=said.options)
+    return models.outline(said.start, template=said.template, image=said.image, options=said.options)
 
 
 def show_parts(loaded: models.Loaded, learned: list[Learned]) -> None:
@@ -128,20 +131,14 @@ def make_loop(
     learned: list[Learned],
     data: Data,
 ) -> Loop:
-    """Put the model on the device, wrap it, and give it an optimizer and a ledger."""
-    wanted = recipe.train.precision
-    dtype = precision.compute_dtype(wanted, device)
-    model: nn.Module = loaded.model
-    if dtype != torch.float32:
-        learn.lower_frozen(model, dtype)
-    model.to(device)
-    module = StepModule(model, loaded.family, loaded.layout, dtype)
-    parallel.prepare(module, model, loaded.family, recipe)
-    true_half = wanted == "bf16_true" and dtype != torch.float32
-    optimizer = Optimizer(recipe.optimizer, learned, data.plan.steps, true_half=true_half)
-    if true_half:
-        for parameter in model.parameters():  # after the optimizer has taken its fp32 masters; buffers stay fp32
-            parameter.data = parameter.data.to(dtype)
+    """Lay the model out as the recipe says, fill it, and give it an optimizer and a ledger. The parameters of `learned`
+    are other objects after that: it is made again, in place."""
+    dtype = precision.compute_dtype(recipe.train.precision, device)
+    module = StepModule(loaded.model, loaded.family, loaded.layout, dtype)
+    masters = lay_out(recipe, device, loaded, learned, module)
+    stochastic = recipe.train.precision == "bf16_stochastic" and dtype == torch.bfloat16
+    rounding_seed = recipe.train.seed if stochastic else None
+    optimizer = Optimizer(recipe.optimizer, learned, data.plan.steps, masters, rounding_seed)
     ledger = Ledger(folder, len(data.index), recipe.data.quarantine_cap, recipe.data.strict)
     ledger.add(data.index.faults)
     state = State()
@@ -161,6 +158,25 @@ def make_loop(
         report=lambda row: None,
         save=lambda state: None,
     )
+
+
+def lay_out(
+    recipe: Recipe,
+    device: torch.device,
+    loaded: models.Loaded,
+    learned: list[Learned],
+    module: StepModule,
+) -> dict[str, torch.Tensor]:
+    """The model in outline typed, wrapped, sharded and filled. Returns fp32 masters of half-precision weights, this
+    rank's part, where the precision has some."""
+    precision.lay(loaded.model, recipe.train.precision, module.dtype)
+    parallel.prepare(module, loaded.model, loaded.family, recipe)
+    true_half = recipe.train.precision == "bf16_true" and module.dtype != torch.float32
+    exact = [one.name for one in learned] if true_half else []
+    initial = partial(adapters.initial, seed=recipe.train.seed, stored=models.stored_tensors(loaded))
+    masters = filling.fill(loaded, device, initial, exact)
+    learned[:] = learn.again(loaded.model, learned)
+    return masters
 
 
 def _flops(loaded: models.Loaded, recipe: Recipe) -> Callable[[Batch], float]:
@@ -191,6 +207,7 @@ def train(
     """Resume or try a save, then all the steps that are left, with everybody told."""
     followed = parallel.followed(loaded.model)
     tensors = checkpoint.tensors(learned, loop.optimizer, followed)
+    saver = Saver(folder, recipe.checkpoint.keep, recipe.checkpoint.background)
 
     def save(state: State) -> None:
         saved = {
@@ -200,16 +217,17 @@ def train(
             "quarantine": loop.ledger.state(),
         }
         now = checkpoint.tensors(learned, loop.optimizer, followed)
-        checkpoint.save(folder, state.step, now, saved, recipe.checkpoint.keep)
+        saver.save(state.step, now, saved)
 
     if saved := checkpoint.folders(folder):
         loop.state = State.from_dict(_take_up(saved[-1], tensors, data))
         loop.ledger.restore(checkpoint.read_state(saved[-1])["quarantine"])
-        if loop.optimizer.true_half:
-            loop.optimizer.write_back()
+        loop.optimizer.write_back()
         console.say(f"going on from {saved[-1]}, step {loop.state.step} of {loop.steps}")
     else:
-        dry_run(folder, loaded, loop, save)
+        save(loop.state)
+        saver.wait()
+        dry_run(folder, loaded)
     report = metrics.Report(folder, recipe) if ranks.is_first() else None
     batches = load_batches(
         data.plan,
@@ -223,7 +241,7 @@ def train(
         pad_to=inputs.pad_to(recipe, loop.device.type, recipe.train.micro_batch),
         workers=recipe.data.workers,
     )
-    loop.save = save
+    loop.save, loop.ending = save, saver.failed
 
     def tell(row: dict[str, Any]) -> None:
         if report is not None:
@@ -233,7 +251,8 @@ def train(
 
     loop.report = tell
     try:
-        loop.run(batches)
+        with saver:
+            loop.run(batches)
     finally:
         if report is not None:
             report.stop()
@@ -251,9 +270,8 @@ def _take_up(saved: Path, tensors: dict[str, torch.Tensor], data: Data) -> dict[
     return checkpoint.load(saved, tensors)["state"]
 
 
-def dry_run(folder: Path, loaded: models.Loaded, loop: Loop, save: Callable[[State], None]) -> None:
-    """Save everything once before the first step, so that what would fail at the end fails now."""
-    save(loop.state)
+def dry_run(folder: Path, loaded: models.Loaded) -> None:
+    """Try the model folder before the first step, so that what would fail at the end fails now."""
     ranks.on_first(lambda: _try_export(folder, loaded))
 
 
