@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from vistune.recipe import Lora
 def inject(model: nn.Module, family: Family, lora: Lora) -> list[str]:
     """Put low-rank adapters beside the linear layers of `lora.parts`, by full path, the head left alone.
 
-    Returns the adapters' parameter names. Beside a model on the meta device they take no memory yet, and `initial` gives
+    Returns the adapters' parameter names. Beside a model on the meta device they take no memory yet; `initial` gives
     their values. Matching by leaf name would also hit the vision tower (q_proj).
     """
     from peft import inject_adapter_in_model
