@@ -20,7 +20,7 @@ from typing import Any
 from measure import Memory
 
 HERE = Path(__file__).resolve().parent
-PINNED_LIKE_OURS = ("torch", "transformers", "tokenizers", "pillow")
+PINNED_LIKE_OURS = ("torch", "transformers", "tokenizers", "pillow", "peft")
 """What the peer gets in our versions, so that neither kernels nor pixels differ."""
 
 
@@ -72,7 +72,7 @@ def peer_python(venv: Path, pip_words: list[str]) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
         held = "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in PINNED_LIKE_OURS)
         (venv / "constraints.txt").write_text(held)
-        words = ["install", "--quiet", "-c", str(venv / "constraints.txt"), *pip_words, "trl", "pillow"]
+        words = ["install", "--quiet", "-c", str(venv / "constraints.txt"), *pip_words, "trl", "pillow", "peft"]
         subprocess.run([str(python), "-m", "pip", *words], check=True)
         done.write_text(held)
         print(f"made in {time.perf_counter() - began:.0f} s", flush=True)

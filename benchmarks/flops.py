@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from stages import LORA, Stage, learns
 
-def step_flops(config: dict[str, Any], samples: Iterable[tuple[int, int, int]], stage: int) -> float:
+
+def step_flops(config: dict[str, Any], samples: Iterable[tuple[int, int, int]], stage: Stage) -> float:
     """FLOPs of a step over `samples` of (tokens, supervised, images); `config` is the model folder's config.json.
 
-    Stage 1 trains the connector: the language model needs its forward and the gradient of its inputs, vision its
-    forward. Stage 2 trains connector and language as well.
+    What is frozen in the language model needs its forward and the gradient of its inputs, since the connector before it
+    learns; vision needs its forward. Adapters need all three, of their own weights.
     """
     text, vision = config["text_config"], config["vision_config"]
-    learns = stage == 2
+    language = learns(stage)
+    adapters = _adapter_weights(text) if language == "adapters" else 0
     total = 0.0
     for tokens, supervised, images in samples:
         matmuls = 2 * tokens * _language_weights(text)
         scores = 2 * tokens * tokens * text["hidden_size"] * text["num_hidden_layers"]  # half of 4 n^2 d
         head = 2 * supervised * text["hidden_size"] * text["vocab_size"]
-        total += (matmuls + head) * (3 if learns else 2) + scores * 3
+        total += (matmuls + head) * (3 if language == "all" else 2) + scores * 3 + 6 * tokens * adapters
         total += images * (_vision(config, vision) + _connector(config, text, vision))
     return total
 
@@ -34,6 +37,15 @@ def _language_weights(text: dict[str, Any]) -> int:
     width = text.get("head_dim") or hidden // heads
     attention = hidden * width * (2 * heads + 2 * text.get("num_key_value_heads", heads))
     return text["num_hidden_layers"] * (attention + 3 * hidden * text["intermediate_size"])
+
+
+def _adapter_weights(text: dict[str, Any]) -> int:
+    """Weights of the adapters beside those layers: rank times inputs and outputs of each."""
+    hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    width = text.get("head_dim") or hidden // heads
+    kv = width * text.get("num_key_value_heads", heads)
+    ends = 2 * (hidden + width * heads) + 2 * (hidden + kv) + 3 * (hidden + inner)
+    return text["num_hidden_layers"] * LORA.r * ends
 
 
 def _layers_used(config: dict[str, Any], vision: dict[str, Any]) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from made_model import HEAD_ROWS, IMAGE, SYSTEM, TEMPLATES
 from PIL import Image as Pillow
 from PIL import ImageDraw
+from stages import Stage, data_of
 
 STAGES = (1, 2)
 
@@ -65,11 +66,11 @@ class Made:
     def images(self) -> Path:
         return self.folder / "images"
 
-    def data(self, stage: int) -> Path:
-        return self.folder / f"stage{stage}.json"
+    def data(self, stage: Stage) -> Path:
+        return self.folder / f"stage{data_of(stage)}.json"
 
-    def template(self, stage: int) -> Path:
-        return self.folder / f"chat_template_stage{stage}.jinja"
+    def template(self, stage: Stage) -> Path:
+        return self.folder / f"chat_template_stage{data_of(stage)}.jinja"
 
     def model(self, vocab: str) -> Path:
         return self.folder / f"model-{vocab}"

@@ -1,7 +1,7 @@
 """vistune's real stage on the prepared data: recipe, index, plan, metrics, dry-run save and progress all attached.
 
-One job from a JSON file, one JSON result; knows no other contender. It only listens: a step ends when its row of
-metrics has been written.
+One job from a JSON file, one JSON result; knows no other contender. It only listens: a step lasts from the end of the
+one before to its own, and what it did is read from the run's `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from typing import Any
 import PIL
 import torch
 import transformers
+from listen import Listener, attached
 from measure import Memory, StepClock
+from safetensors.torch import save_file
+from stages import LORA, Stage, learns
 
 import vistune
 from vistune import recipe as recipes
 from vistune.data.batch import Batch
 from vistune.samples import NO_LOSS
 from vistune.train import metrics, precision, stage
+from vistune.train.loop import Loop
 
 VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, vistune, PIL)}
 
@@ -32,7 +36,7 @@ def run(
     data_json: str,
     image_folder: str,
     *,
-    stage: int,
+    stage: Stage,
     precision: str,
     steps: int,
     batch: int,
@@ -41,12 +45,13 @@ def run(
 ) -> list[dict[str, Any]]:
     """One stage; per step: loss, tokens, supervised, rows (of the data file), cpu_s, wall_s. `more`: see `recipe`."""
     job = {"model": model_folder, "data": data_json, "images": image_folder, "stage": stage, "steps": steps}
-    return _run({**job, "precision": precision, "batch": batch, "lr": lr, **more})
+    return _run({**job, "precision": precision, "batch": batch, "lr": lr, **more})[0]
 
 
 def recipe(job: dict[str, Any], folder: str) -> recipes.Recipe:
     """The job as a recipe that runs in `folder`: all of a step in one forward, as the peers do, unless told less."""
-    parts = ["connector"] if job["stage"] == 1 else ["connector", "language"]
+    language = learns(job["stage"])
+    parts = ["connector"] if language == "nothing" else ["connector", "language"]
     tree = {
         "name": "train_step",
         "run": folder,
@@ -58,6 +63,7 @@ def recipe(job: dict[str, Any], folder: str) -> recipes.Recipe:
             "workers": 0,
         },
         "learn": dict.fromkeys(parts, job["lr"]),
+        "lora": {"r": LORA.r, "alpha": LORA.alpha} if language == "adapters" else {},
         "optimizer": {"schedule": "constant", "warmup": 0, "weight_decay": 0.0, "clip": 1.0},
         "train": {
             "batch": job["batch"],
@@ -83,36 +89,41 @@ def order(job: dict[str, Any]) -> list[int]:
     return [row for step in steps for row in step]
 
 
-def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    clock, seen = StepClock(), []
+class _Heard(Listener):
+    """What a step was given, and a clock that ends a step where the loop does. With `keep_adapters` the values that
+    adapters begin with are written to that file, for a peer to begin with the same."""
 
-    class Timed(metrics.Report):
-        """The stage's own report; every row it writes ends a step of the clock."""
+    def __init__(self, job: dict[str, Any]):
+        self.job, self.clock, self.facts, self.computed = job, StepClock(), [], ""
 
-        def __init__(self, *given: Any):
-            super().__init__(*given)
-            clock.start()
+    def run_begins(self, loop: Loop) -> None:
+        self.computed = {torch.float32: "fp32", torch.bfloat16: "bf16"}[loop.dtype]
+        if path := self.job.get("keep_adapters"):
+            named = loop.module.model.named_parameters()
+            save_file({name: p.detach().float().contiguous() for name, p in named if ".lora_" in name}, path)
+        self.clock.start()
 
-        def step(self, row: dict[str, Any]) -> None:
-            super().step(row)
-            clock.step(**{key: row[key] for key in ("loss", "tokens", "supervised", "padding")}, **seen[-1])
+    def given(self, batches: list[Batch]) -> None:
+        self.facts.append(_facts(batches, self.job.get("keep_ids", False)))
 
-    load_batches, report, has_bf16 = stage.load_batches, metrics.Report, precision.has_bf16
+    def step_ends(self, number: int) -> None:
+        self.clock.step()
+
+
+def _run(job: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The steps, and the type in which they were computed."""
+    heard, has_bf16 = _Heard(job), precision.has_bf16
     if job.get("bf16_anyway"):
         precision.has_bf16 = lambda device: True
-
-    def listened(*given: Any, **named: Any) -> Iterator[list[Batch]]:
-        for batches in load_batches(*given, **named):
-            seen.append(_facts(batches, job.get("keep_ids", False)))
-            yield batches
-
-    stage.load_batches, metrics.Report = listened, Timed
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, attached(heard):
             stage.run(recipe(job, folder))
+            rows = metrics.read(folder)
     finally:
-        stage.load_batches, metrics.Report, precision.has_bf16 = load_batches, report, has_bf16
-    return clock.steps
+        precision.has_bf16 = has_bf16
+    said = [{key: row[key] for key in ("loss", "tokens", "supervised", "padding")} for row in rows]
+    whole = zip(said, heard.facts, heard.clock.steps, strict=True)
+    return [{**row, **facts, **cost} for row, facts, cost in whole], heard.computed
 
 
 def _facts(batches: list[Batch], keep_ids: bool) -> dict[str, Any]:
@@ -141,9 +152,9 @@ def result(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     if job.get("only_order"):
         return {"order": order(job)}
-    steps = _run(job)
+    steps, computed = _run(job)
     peak = {"baseline_bytes": memory.baseline, "peak_bytes": memory.peak(), "memory": memory.how}
-    return {"steps": steps, **peak, "versions": VERSIONS}
+    return {"steps": steps, "computed": computed, **peak, "versions": VERSIONS}
 
 
 if __name__ == "__main__":

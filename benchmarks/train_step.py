@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import contenders
+import stages
 import summary
 import torch
 from flops import step_flops
 from made_data import FULL, QUICK, Made, make
 from made_model import TEMPLATE_NAMES
 from measure import Memory, machine, matmul_peak
+from stages import Stage, data_of
 
 HERE = Path(__file__).resolve().parent
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,7 +68,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=11, help="per run, the first --dropped of them not counted")
     add("--dropped", type=int, default=2)
-    add("--stages", type=_numbers, default=[1, 2])
+    add("--stages", type=_stages, default=[1, 2, "lora"])
     add("--vocab", type=_words, default=["8k", "32k"])
     add("--precision", type=_words, default=["fp32", "bf16"])
     add("--who", type=_words, default=["trl", "trl_forced", "vistune"], help=f"of {', '.join(contenders.CONTENDERS)}")
@@ -87,7 +89,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(words)
     if asked.quick:
         asked.rounds, asked.steps, asked.dropped, asked.parity_steps, asked.batch = 1, 2, 0, 2, 4
-        asked.stages, asked.vocab, asked.precision = [2], ["8k"], ["fp32"]
+        asked.stages, asked.vocab, asked.precision = [2, "lora"], ["8k"], ["fp32"]
         asked.who, asked.parity_with, asked.data = ["vistune"], ["stock"], asked.data / "quick"
     elif asked.data == HERE / ".data":
         asked.data = asked.data / "full"
@@ -102,8 +104,8 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
+def _stages(text: str) -> list[Stage]:
+    return [stages.named(word) for word in _words(text)]
 
 
 class Bench:
@@ -111,7 +113,7 @@ class Bench:
 
     def __init__(self, asked: argparse.Namespace, made: Made, python: str):
         self.asked, self.made, self.python = asked, made, python
-        self.orders: dict[int, list[int]] = {}
+        self.orders: dict[Stage, list[int]] = {}
         facts = {
             key: getattr(asked, key) for key in ("rounds", "steps", "dropped", "batch", "lr", "threads", "micro_batch")
         }
@@ -120,14 +122,14 @@ class Bench:
         self.result: dict[str, Any] = {**facts, "machine": machine(), "matmul_peak": peaks, "memory": Memory().how}
         self.result |= {"summary": [], "parity": {}, "runs": []}
 
-    def job(self, stage: int, vocab: str, precision: str, steps: int, **more: Any) -> dict[str, Any]:
+    def job(self, stage: Stage, vocab: str, precision: str, steps: int, **more: Any) -> dict[str, Any]:
         """What one contender is told."""
         return {
             "model": str(self.made.model(vocab)),
             "data": str(self.made.data(stage)),
             "images": str(self.made.images),
             "template": str(self.made.template(stage)),
-            "template_name": TEMPLATE_NAMES[stage],
+            "template_name": TEMPLATE_NAMES[data_of(stage)],
             "stage": stage,
             "precision": precision,
             "steps": steps,
@@ -139,7 +141,7 @@ class Bench:
             **more,
         }
 
-    def order(self, stage: int) -> list[int]:
+    def order(self, stage: Stage) -> list[int]:
         """Rows in the order in which vistune's plan takes them; the peers follow it. Without vistune: the file's."""
         if not {"vistune", "vistune_bf16"} & set(self.asked.who) and "parity" not in self.asked.parts:
             return list(range(self.asked.steps * self.asked.batch))
@@ -166,11 +168,11 @@ class Bench:
 
     def keep(self, who: str, turn: int, cell: summary.Cell, run: dict[str, Any]) -> None:
         """Add the useful FLOPs to each step, check that everybody saw the same samples, write."""
-        stage, vocab, precision = cell
+        stage, vocab, _ = cell
         config = json.loads((self.made.model(vocab) / "config.json").read_text())
         for k, step in enumerate(run["steps"]):
             rows = self.order(stage)[k * self.asked.batch : (k + 1) * self.asked.batch]
-            counts = [self.made.counts[stage][row] for row in rows]
+            counts = [self.made.counts[data_of(stage)][row] for row in rows]
             expected = (sum(c[0] for c in counts), sum(c[1] for c in counts))
             if (step["tokens"], step["supervised"]) != expected:
                 seen = (step["tokens"], step["supervised"])
@@ -179,16 +181,20 @@ class Bench:
         run |= {"who": who, "round": turn, "cell": cell}
         self.result["runs"].append(run)
         self.write()
-        print(f"round {turn + 1}  {_told(run, self.result['matmul_peak'][precision], self.asked.dropped)}", flush=True)
+        print(
+            f"round {turn + 1}  {_told(run, self.result['matmul_peak'][summary.computed(run)], self.asked.dropped)}",
+            flush=True,
+        )
 
     def parity(self) -> None:
         """The losses of vistune and of each peer asked for, fp32, unpacked, on the same ids."""
         for stage in self.asked.stages:
             more = {"order": self.order(stage), "keep_ids": True, "pack": False}
             job = self.job(stage, "8k", "fp32", self.asked.parity_steps, **more)
-            ours = self.run("vistune", job)
+            adapters = {"adapters": str(self.asked.data / "adapters.safetensors")} if stage == "lora" else {}
+            ours = self.run("vistune", job | {f"keep_{key}": path for key, path in adapters.items()})
             for who in self.asked.parity_with:
-                found = summary.parity(ours, self.run(who, job))
+                found = summary.parity(ours, self.run(who, job | adapters))
                 found["allowed"] = ALLOWED
                 found["holds"] = found["same_ids"] and found["largest_relative_difference"] <= ALLOWED
                 self.result["parity"][f"vistune and {who}, stage {stage}"] = found

@@ -13,11 +13,14 @@ from typing import Any
 import PIL
 import torch
 import transformers
+from peft import get_peft_model
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from made_data import turns
 from measure import Memory, StepClock
+from peers import adapted
+from stages import learns
 
 VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, PIL)}
 
@@ -47,9 +50,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     processor = AutoProcessor.from_pretrained(job["model"])
     processor.chat_template = Path(job["template"]).read_text()
     model = LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=torch.float32).train()
-    model.requires_grad_(job["stage"] == 2)
-    model.model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
+    model = _learning(model, job)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=job["lr"], weight_decay=0.0)
     clock = StepClock()
@@ -68,6 +69,20 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
                 figures[name] = [row[keep].tolist() for row, keep in zip(values, real, strict=True)]
         clock.step(**figures)
     return clock.steps
+
+
+def _learning(model: Any, job: dict[str, Any]) -> Any:
+    """The model with what the stage says learning, behind peft where that is adapters."""
+    language = learns(job["stage"])
+    if language == "adapters":
+        model = get_peft_model(model, adapted.config())
+        if path := job.get("adapters"):
+            adapted.begin_with(model, path)
+        return model
+    model.requires_grad_(language == "all")
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
 
 
 def result(job: dict[str, Any], memory: Memory) -> dict[str, Any]:

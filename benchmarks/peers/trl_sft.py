@@ -15,6 +15,7 @@ from typing import Any
 
 import accelerate
 import datasets
+import peft
 import PIL
 import torch
 import transformers
@@ -26,8 +27,10 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from made_data import turns
 from measure import Memory, StepClock
+from peers import adapted
+from stages import Stage, learns
 
-VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, trl, accelerate, datasets, PIL)}
+VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, trl, accelerate, datasets, peft, PIL)}
 
 
 class Recorder(SFTTrainer):
@@ -81,9 +84,9 @@ def dataset(job: dict[str, Any]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def freeze(model: LlavaForConditionalGeneration, stage: int) -> None:
-    """Stage 1 trains the connector; stage 2 everything but vision."""
-    model.requires_grad_(stage == 2)
+def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> None:
+    """The connector learns, and the language model where the stage says so; adapters are peft's business."""
+    model.requires_grad_(learns(stage) == "all")
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
 
@@ -119,7 +122,9 @@ def run(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
     processor = AutoProcessor.from_pretrained(job["model"])
     processor.chat_template = Path(job["template"]).read_text()
     model = LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=torch.float32)
-    freeze(model, job["stage"])
+    with_adapters = learns(job["stage"]) == "adapters"
+    if not with_adapters:
+        freeze(model, job["stage"])
     clock, seen = StepClock(), []
     with tempfile.TemporaryDirectory() as folder:
         trainer = Recorder(
@@ -128,7 +133,10 @@ def run(job: dict[str, Any], memory: Memory) -> dict[str, Any]:
             train_dataset=dataset(job),
             processing_class=processor,
             callbacks=[Ticks(clock, seen)],
+            peft_config=adapted.config() if with_adapters else None,
         )
+        if path := job.get("adapters"):
+            adapted.begin_with(trainer.model, path)
         trainer.seen, trainer.keep_ids = seen, job.get("keep_ids", False)
         trainer.train()
     return {
