@@ -161,6 +161,8 @@ class Loop:
         """One update over the step's micro-batches; returns its metrics."""
         self.module.train()
         seed_step(self.recipe.train.seed, self.state.step)
+        # Before the first collective: who waits in it has its data, and is told from a rank that is still reading.
+        self.beat("forward", [key for batch in batches for key in batch.keys])
         totals = self._totals(batches, stop)
         if totals.faults:
             met = ranks.gather([fault for batch in batches for fault in batch.faults])
