@@ -5,7 +5,6 @@ sharded, in this order), and what the loop asks of gradients that may lie in sha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from vistune import console, ranks
 from vistune.models.families import Family
 from vistune.recipe import Recipe
-from vistune.train import compiling, recompute
+from vistune.train import compiling, recompute, sharding
+from vistune.train.step import StepModule
 
 BUCKET_BYTES = 64 << 20
 
@@ -25,22 +25,35 @@ def sharded(recipe: Recipe) -> bool:
     return recipe.parallel.shard != "none" and ranks.world() > 1
 
 
-def prepare(module: nn.Module, model: nn.Module, family: Family, recipe: Recipe) -> None:
-    """Wrap the step `module` and the `model` in it as the recipe says; says so where it is done otherwise."""
-    if recipe.parallel.shard != "none" and ranks.world() == 1:
-        console.say(f"parallel.shard = {recipe.parallel.shard}: one rank, nothing to shard; same steps by accumulation")
-    elif recipe.parallel.shard != "none":
-        console.warn(
-            f"parallel.shard = {recipe.parallel.shard}: weights are not sharded yet, every rank holds the whole model; "
-            "the steps and their results are the same"
+def prepare(
+    module: StepModule, model: nn.Module, family: Family, recipe: Recipe, device: torch.device | None = None
+) -> None:
+    """Wrap the step `module` and the `model` in it, still in outline, as the recipe says; says so where it is done
+    otherwise. `device` (the host if None) is where steps run. Raises ValueError for replicas that the ranks do not
+    give."""
+    said = recipe.parallel
+    if said.shard != "none" and not sharded(recipe):
+        console.say(
+            f"parallel.shard = {said.shard}: one rank, nothing is sharded{' or offloaded' if said.offload else ''}; "
+            f"steps are the same {recipe.train.batch} {recipe.train.unit}, by accumulation"
         )
     recompute.wrap(model, family, recipe.train)
     compiling.wrap(model, family, recipe)
+    if sharded(recipe):
+        sharding.shard(module, model, family, said, module.dtype, device or torch.device("cpu"))
+
+
+def home(recipe: Recipe, device: torch.device) -> torch.device:
+    """Where the weights lie between their uses: on the device, or offloaded to the host."""
+    return torch.device("cpu") if recipe.parallel.offload and sharded(recipe) else device
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard (a view), or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    held: DTensor = tensor.detach()  # type: ignore[assignment]
+    return held.to_local()
 
 
 def spread(held: Tensor, like: Tensor) -> Tensor:
@@ -53,7 +66,8 @@ def spread(held: Tensor, like: Tensor) -> Tensor:
 
 
 def loss_factor() -> float:
-    """What a micro-batch's loss is multiplied by so that the gradients that come out are sums over the ranks."""
+    """What the loss is multiplied by so that the gradients that come out are sums over the ranks: shards are
+    summed, never averaged, on every backend."""
     return 1.0
 
 
@@ -64,8 +78,20 @@ def reduce(gradients: Sequence[Tensor]) -> None:
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:
     """L2 norm over all gradients and all their shards: fp32 scalar on their device. The host does not wait."""
-    found: Any = torch.nn.utils.get_total_norm(list(gradients))
-    return found.full_tensor() if isinstance(found, DTensor) else found
+    shards = [one for one in gradients if isinstance(one, DTensor)]
+    squares = _squares([one for one in gradients if not isinstance(one, DTensor)], gradients[0].device)
+    if shards:
+        mesh = shards[0].device_mesh
+        mine = _squares([local(one) for one in shards], gradients[0].device)
+        dist.all_reduce(mine, group=mesh.get_group(mesh.ndim - 1))  # copies of the whole have the same shards
+        squares = squares + mine
+    return squares.sqrt()
+
+
+def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
 
 
 def followed(model: nn.Module) -> dict[str, Tensor]:

@@ -170,11 +170,11 @@ def lay_out(
     """The model in outline typed, wrapped, sharded and filled. Returns fp32 masters of half-precision weights, this
     rank's part, where the precision has some."""
     precision.lay(loaded.model, recipe.train.precision, module.dtype)
-    parallel.prepare(module, loaded.model, loaded.family, recipe)
+    parallel.prepare(module, loaded.model, loaded.family, recipe, device)
     true_half = recipe.train.precision == "bf16_true" and module.dtype != torch.float32
     exact = [one.name for one in learned] if true_half else []
     initial = partial(adapters.initial, seed=recipe.train.seed, stored=models.stored_tensors(loaded))
-    masters = filling.fill(loaded, device, initial, exact)
+    masters = filling.fill(loaded, device, parallel.home(recipe, device), initial, exact)
     learned[:] = learn.again(loaded.model, learned)
     return masters
 
