@@ -24,7 +24,9 @@ OF_CUDA = ("__nvJitLink", "nvJitLink", "cublas", "cudnn", "ncclComm", "nccl", "c
 
 
 def pip_name(module: str) -> str:
-    return PIP.get(module, module.split(".")[0].replace("_", "-"))
+    """The distribution that brings a module."""
+    top = module.split(".")[0]
+    return PIP.get(module) or PIP.get(top, top.replace("_", "-"))
 
 
 def explain(module: str, trial: Trial, places: Iterable[Path] | None = None) -> tuple[str, str]:
@@ -91,7 +93,7 @@ def _symbol(module: str, found: re.Match[str], places: Iterable[Path] | None) ->
 
 
 def _vision(module: str, found: re.Match[str], places: Iterable[Path] | None) -> str:
-    return "pip uninstall torchvision  (built for another torch; vistune does not need it), or install the one that fits"
+    return "pip uninstall torchvision  (built for another torch; vistune does not need it), or the one that fits"
 
 
 def _absent(module: str, found: re.Match[str], places: Iterable[Path] | None) -> str:

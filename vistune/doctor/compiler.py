@@ -1,4 +1,5 @@
-"""What `torch.compile` needs of the machine: a C++ compiler that works, Python's headers, OpenMP. Tried on a few lines."""
+"""What `torch.compile` needs of the machine: a C++ compiler that works, Python's headers, OpenMP.
+Tried on a few lines."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def findings(path: str, folder: Path, headers: str, openmp: str, triton: str) ->
         text = f"no Python.h in {folder}: {OFF}"
         return [warning("Python.h", text, "apt install python3-dev  (of this Python's version)")]
     if headers:
-        return [warning("compiler", f"{path} does not compile: {headers}; {OFF}", "apt install --reinstall g++ libc6-dev")]
+        text = f"{path} does not compile: {headers}; {OFF}"
+        return [warning("compiler", text, "apt install --reinstall g++ libc6-dev")]
     found = [ok("compiler", f"{path} compiles with Python.h{'' if openmp else ' and OpenMP'}")]
     if openmp:
         text = f"{path} has no OpenMP: {openmp}; on processors compiled layers run on one thread or not at all"

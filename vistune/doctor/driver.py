@@ -81,7 +81,8 @@ def _smi(nvidia: Nvidia) -> list[Finding]:
         return [problem(title, text, "the driver was updated while loaded: restart the machine (or reload nvidia)")]
     if nvidia.smi_code == 127:
         return []
-    return [problem(title, text or f"ends with code {nvidia.smi_code}", "load the driver (modprobe nvidia), or install it")]
+    said = text or f"ends with code {nvidia.smi_code}"
+    return [problem(title, said, "load the driver (modprobe nvidia), or install it")]
 
 
 def _cards(nvidia: Nvidia) -> str:
@@ -199,7 +200,7 @@ def _hidden(chosen: str, named: int, cards: list[tuple[str, str]]) -> list[Findi
     if named == 0:
         return [problem(title, f"{chosen!r} hides every one of {len(cards)} card(s)", f"unset {title}")]
     if named < len(words):
-        text = f"{chosen!r}: {words[named].strip()!r} does not exist ({len(cards)} card(s)), it and what follows is hidden"
+        text = f"{chosen!r}: no {words[named].strip()!r} ({len(cards)} card(s)); it and what follows is hidden"
         return [problem(title, text, f"export {title}={','.join(index for index, _ in cards)}")]
     if named < len(cards):
         return [warning(title, f"{chosen!r} shows {named} of {len(cards)} cards", f"unset {title}, if all are meant")]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from vistune import limits
-from vistune.doctor.causes import UNNEEDED, explain
+from vistune.doctor.causes import UNNEEDED, explain, pip_name
 from vistune.doctor.findings import Finding, ok, problem, warning
 from vistune.doctor.trial import Trial, probe
 
@@ -63,7 +63,7 @@ def findings(trials: Mapping[str, Trial], folder: str = "") -> list[Finding]:
     """One line for all that imports, one for each that does not."""
     broken = [_broken(name, trial, trials) for name, trial in trials.items() if not imports(trial)]
     hidden = [_hidden(name, trial) for name, trial in trials.items() if folder and _is_inside(trial, folder)]
-    whole = [name.split(".")[0] for name, trial in trials.items() if imports(trial)]
+    whole = [pip_name(name) for name, trial in trials.items() if imports(trial)]
     return [*([ok("imports", ", ".join(whole))] if whole else []), *broken, *hidden]
 
 

@@ -56,7 +56,7 @@ def own() -> list[Requirement]:
     plain = [one for text in said["dependencies"] if (one := parse(text))]
     extras = said.get("optional-dependencies", {})
     more = [(extra, one) for extra, texts in extras.items() for text in texts if (one := parse(text))]
-    return plain + [Requirement(one.name, one.wanted, extra) for extra, one in more if one.name != "vistune"]
+    return plain + [Requirement(one.name, one.wanted, extra) for extra, one in more if extra != "dev"]
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def findings(rocm: Rocm, torch: Mapping[str, Any], environment: Mapping[str, str
 
 def _device(rocm: Rocm, torch: Mapping[str, Any]) -> list[Finding]:
     if rocm.has_device and not rocm.may_open:
-        fix = "usermod -a -G render,video $USER, then log in anew; a container takes --device=/dev/kfd --device=/dev/dri"
+        fix = "usermod -a -G render,video $USER, log in anew; a container takes --device=/dev/kfd --device=/dev/dri"
         return [problem("ROCm device", f"{DEVICE} is here and this user may not open it", fix)]
     if rocm.has_device and torch.get("version") and not torch.get("hip") and not torch.get("cuda"):
         text = f"{DEVICE} is here and torch {torch['version']} is built for processors alone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def describe(kind: str, index: int) -> dict[str, Any]:
         said |= {"native_bf16": native_bf16()}
     said["memory"] = tried(lambda: list(memory(kind, index)))
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        said[str(dtype).removeprefix("torch.")] = tried(lambda dtype=dtype: product(device, dtype))
+        said[str(dtype).removeprefix("torch.")] = tried(partial(product, device, dtype))
     return said
 
 

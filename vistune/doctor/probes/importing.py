@@ -10,10 +10,11 @@ from vistune.doctor.trial import tell
 
 def causes(error: BaseException) -> list[str]:
     """`Type: text` of an error and of those it was raised from, outermost first."""
-    said, one = [], error
+    said: list[str] = []
+    one: BaseException | None = error
     while one is not None and len(said) < 10:
         said.append(f"{type(one).__name__}: {' '.join(str(one).split())}")
-        one = one.__cause__ or one.__context__  # type: ignore[assignment]
+        one = one.__cause__ or one.__context__
     return said
 
 
