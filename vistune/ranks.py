@@ -17,13 +17,18 @@ import torch.distributed as dist
 def start(device: str = "auto", timeout: float = 1800.0) -> torch.device:
     """Join the process group that `torchrun` describes, if there is one, and choose this rank's device.
 
-    `device` is "auto", "cpu" or anything `torch.device` takes. Raises ValueError for a device that is not there.
+    `device` is "auto", "cpu" or anything `torch.device` takes; "cuda" is each process's own. Raises ValueError for a
+    device that is not there, or not there for as many processes.
     """
     chosen = _device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(_backend(chosen.type), timeout=timedelta(seconds=timeout))
     return chosen
+
+
+def _backend(kind: str) -> str:
+    """Small facts of the host go over the host, so that nobody waits for an accelerator to tell them."""
+    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
 def stop() -> None:
@@ -32,24 +37,36 @@ def stop() -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator()
-            assert kind is not None
-            chosen = torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
-        else:
-            chosen = torch.device("cpu")
-    else:
-        chosen = torch.device(name)
-    if chosen.type not in ("cpu", "meta"):
-        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-        if (chosen.index or 0) >= count:
-            raise ValueError(
-                f"train.device: {chosen} does not exist, this machine has {count} accelerator(s). "
-                "Start at most that many processes per node, or set train.device=cpu."
-            )
-        torch.accelerator.set_device_index(chosen.index or 0)
-    return chosen
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        chosen = (kind or torch.device("cpu")) if name == "auto" else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train.device = {name!r}: no such device; say auto, cpu, cuda or cuda:1, ...") from None
+    if chosen.type in ("cpu", "meta"):
+        return chosen
+    count = torch.accelerator.device_count() if kind is not None and kind.type == chosen.type else 0
+    here, mine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    named = chosen.index is not None and name != "auto"
+    index = chosen.index if named else mine
+    if wrong := _wrong(chosen, named, count, max(here, mine + 1)):
+        raise (ValueError if mine == 0 else SaidElsewhere)(f"train.device = {name}: {wrong}")
+    torch.accelerator.set_device_index(index)
+    return torch.device(chosen.type, index)
+
+
+def _wrong(chosen: torch.device, named: bool, count: int, processes: int) -> str:
+    """What is wrong with `processes` of this machine, which has `count` such devices, on the chosen one."""
+    if not count:
+        return (
+            f"this machine has no {chosen.type} that torch can use; set train.device=cpu, or run `vistune doctor`"
+        )
+    if named and chosen.index >= count:
+        return f"{chosen} does not exist, this machine has {count} ({chosen.type}:0 to {chosen.type}:{count - 1})"
+    if named and processes > 1:
+        return f"{processes} processes cannot share {chosen}; set train.device={chosen.type}, a device for each"
+    if not named and processes > count:
+        return f"{processes} processes on a machine with {count} {chosen.type} device(s); start one for each device"
+    return ""
 
 
 def rank() -> int:
