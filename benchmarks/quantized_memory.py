@@ -128,7 +128,7 @@ def _block(sizes: Sizes, kind: str) -> tuple[int, float]:
             began = time.perf_counter()
             block.set_submodule(path, quantize.quantized(linear, weight, name, "cpu", bool(double)))
             seconds += time.perf_counter() - began
-    return sum(one.nbytes for weight in block.parameters() for one in quantize.unwrapped(weight)), seconds
+    return sum(one.nbytes for one in (*block.parameters(), *block.buffers())), seconds
 
 
 def cache_bytes(sizes: Sizes, tokens: int) -> int:

@@ -13,13 +13,13 @@ from torch import nn
 from benchmarks import quantized_memory as memory
 from tests.each_family import each_family, folders_in
 from vistune import generate
-from vistune.models import families, quantize
+from vistune.models import families, lowbit, quantize
 from vistune.models.load import load, save
 from vistune.samples import Image
 
-bnb = pytest.importorskip("bitsandbytes", reason="extra quant")
-KIND = {"8bit": bnb.nn.Linear8bitLt, "4bit": bnb.nn.Linear4bit}
-each_kind = pytest.mark.parametrize("kind", quantize.KINDS)
+pytest.importorskip("bitsandbytes", reason="extra quant")
+KIND = {"8bit": lowbit.Int8Linear, "4bit": lowbit.Nf4Linear}
+each_kind = pytest.mark.parametrize("kind", lowbit.KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,13 @@ def test_the_language_model_but_its_head_is_quantised_and_nothing_else(folders, 
     }
     assert linears(loaded.model, loaded.family) == expected
     assert expected["language", KIND[kind]] >= 7 and expected["head", nn.Linear] == 1
-    kept = {n: p for n, p in loaded.model.named_parameters() if p.is_floating_point()}
+    leaves = {
+        id(one) for module in loaded.model.modules() if type(module) is KIND[kind] for one in module.leaves().values()
+    }
+    kept = {n: p for n, p in loaded.model.named_parameters() if id(p) not in leaves}
     same = dict(plain.model.named_parameters())
+    assert len(same) - len(kept) == expected["language", KIND[kind]]
     assert all(torch.equal(tensor, same[n]) for n, tensor in kept.items())
-    assert all(module.weight.is_floating_point() for module in loaded.model.modules() if type(module) is nn.Linear)
     assert not [n for n, tensor in loaded.model.state_dict().items() if tensor.is_meta]
 
 
@@ -86,18 +89,6 @@ def test_logits_stay_near_those_of_the_unquantised_model(start, kind, double, mo
     assert 0 < (right - ours).norm() / right.norm() < most
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_piece_by_piece_gives_the_bits_of_bitsandbytes(monkeypatch, double):
-    monkeypatch.setattr(quantize, "PIECE", 1024)
-    weight = torch.randn(100, 96)
-    theirs = bnb.nn.Params4bit(weight.clone(), compress_statistics=double, quant_type="nf4", requires_grad=False)
-    theirs = theirs.to("cpu")
-    ours = quantize.quantized(nn.Linear(96, 100), weight, "4bit", "cpu", double).weight
-    assert torch.equal(ours.data, theirs.data)
-    held, own = ours.quant_state.as_dict(packed=True), theirs.quant_state.as_dict(packed=True)
-    assert held.keys() == own.keys() and all(torch.equal(held[name], own[name]) for name in own)
-
-
 @each_kind
 def test_footprint_is_the_bytes_that_are_held(start, kind, capsys):
     plain, loaded = load(start), quantize.load_quantized(start, kind, dtype=torch.float32)
@@ -109,7 +100,8 @@ def test_footprint_is_the_bytes_that_are_held(start, kind, capsys):
     weights = [plain.model.get_submodule(path).weight for path in quantize.linear_paths(plain.model, plain.family)]
     count, rows = sum(one.numel() for one in weights), sum(len(one) for one in weights)
     code = 16 * 4 * len(weights)
-    held = count + 4 * rows if kind == "8bit" else count // 2 + 4 * sum(-(-one.numel() // 64) for one in weights) + code
+    blocks = sum(len(one) * -(-one.shape[1] // 64) for one in weights)  # a row's last one is filled up
+    held = count + 4 * rows if kind == "8bit" else 32 * blocks + 4 * blocks + code
     assert before["language"] - after["language"] == 4 * count - held
     assert f"loaded in {kind}: " in capsys.readouterr().out
 
