@@ -23,13 +23,14 @@ from vistune.inputs import Data
 from vistune.models import filling
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
-from vistune.train import adapters, checkpoint, export, learn, metrics, parallel, precision, record
+from vistune.train import adapters, checkpoint, export, learn, lock, metrics, parallel, precision, record
 from vistune.train.learn import Learned
 from vistune.train.loop import Loop, State, line
 from vistune.train.optimizer import Optimizer
 from vistune.train.quarantine import Ledger
 from vistune.train.saving import Saver
 from vistune.train.step import StepModule
+from vistune.train.watchdog import Watchdog
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -40,20 +41,27 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     device = ranks.start(recipe.train.device, recipe.parallel.timeout)
     try:
-        precision.allow_tf32(recipe.train.tf32, device)
-        folder = claim(recipe)
-        loaded = load_model(recipe)
-        learned = learn.apply(loaded.model, loaded.family, recipe)
-        show_parts(loaded, learned)
-        data = read_data(recipe, loaded, folder)
-        loop = make_loop(recipe, folder, device, loaded, learned, data)
-        record.write_environment(folder, recipe, data.index, loop)
-        if done := record.finished(folder, loop):
-            return done
-        train(recipe, folder, loaded, learned, data, loop)
-        return finish(recipe, folder, loaded, data, loop)
+        with Watchdog(recipe.parallel.timeout) as watch, lock.alone(Path(recipe.run)):
+            return _run(recipe, device, watch)
     finally:
         ranks.stop()
+
+
+def _run(recipe: Recipe, device: torch.device, watch: Watchdog) -> dict[str, Any]:
+    precision.allow_tf32(recipe.train.tf32, device)
+    folder = claim(recipe)
+    loaded = load_model(recipe)
+    learned = learn.apply(loaded.model, loaded.family, recipe)
+    show_parts(loaded, learned)
+    data = read_data(recipe, loaded, folder)
+    loop = make_loop(recipe, folder, device, loaded, learned, data)
+    record.write_environment(folder, recipe, data.index, loop)
+    if done := record.finished(folder, loop):
+        return done
+    be_watched(watch, recipe, folder, data, loop)
+    train(recipe, folder, loaded, learned, data, loop)
+    watch.beat(loop.state.step, "finish", [])
+    return finish(recipe, folder, loaded, data, loop)
 
 
 def claim(recipe: Recipe) -> Path:
@@ -64,9 +72,7 @@ def claim(recipe: Recipe) -> Path:
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    others = [file for file in folder.iterdir() if file.name != "index"] if folder.is_dir() else []
-    if others and not (folder / "recipe.toml").exists():  # an index may be there before: other verbs make it too
-        raise ValueError(f"run {folder}: is not empty and is no run of vistune; choose another with run=DIR")
+    lock.refuse_foreign(folder)
     with checkpoint.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(folder)
@@ -196,6 +202,23 @@ def _flops(loaded: models.Loaded, recipe: Recipe) -> Callable[[Batch], float]:
     return count
 
 
+def be_watched(watch: Watchdog, recipe: Recipe, folder: Path, data: Data, loop: Loop) -> None:
+    """The loop's beats go to the watchdog, which gets to know how samples are called and which come in a step."""
+
+    def planned(step: int, rank: int) -> list[tuple[int, int]]:
+        micros = data.plan.micro_batches(step - 1, rank, ranks.world(), recipe.train.micro_batch)
+        columns = data.index.columns
+        positions = [position for micro in micros for pack in micro for position in pack]
+        return [(int(columns["source"][position]), int(columns["row"][position])) for position in positions]
+
+    def beat(phase: str, keys: list[tuple[int, int]]) -> None:
+        watch.beat(loop.state.step + (phase != "save"), phase, keys)
+
+    watch.folder, watch.planned = folder, planned
+    watch.sources = [source.name or Path(source.path).name for source in inputs.sources_of(recipe.data)]
+    loop.beat = beat
+
+
 def train(
     recipe: Recipe,
     folder: Path,
@@ -240,6 +263,7 @@ def train(
         packs_per_micro=recipe.train.micro_batch,
         pad_to=inputs.pad_to(recipe, loop.device.type, recipe.train.micro_batch),
         workers=recipe.data.workers,
+        alike=parallel.sharded(recipe),
     )
     loop.save, loop.ending = save, saver.failed
 
