@@ -21,7 +21,8 @@ def hidden(language: Any, embeds: Tensor, positions: Tensor, lengths: Sequence[i
     Its attention must be `attention.NAME` (`attention.use`); samples of `lengths` tokens do not see each other.
     """
     out = language(
-        inputs_embeds=embeds.unsqueeze(0),
+        # Not a view as unsqueeze gives: a compiled first layer would be another function than those after it.
+        inputs_embeds=torch.ops.aten._unsafe_view(embeds, [1, *embeds.shape]),
         position_ids=positions.unsqueeze(0),
         attention_mask=attention.no_mask(embeds),
         use_cache=False,

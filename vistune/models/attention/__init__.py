@@ -42,10 +42,13 @@ NAME = "vistune_packed"
 def segments(lengths: Sequence[int], device: torch.device) -> Segments:
     """Describe a pack by its samples' lengths, in order; zeros are left out. The host does not wait for the device."""
     host = torch.tensor([0, *itertools.accumulate(length for length in lengths if length)], dtype=torch.int32)
+    torch._dynamo.maybe_mark_dynamic(host, 0)  # compiled layers take packs of any number of samples
     if device.type == "cpu":
         return Segments(host, host)
     pinned = host.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else host
-    return Segments(pinned.to(device, non_blocking=True), host)
+    starts = pinned.to(device, non_blocking=True)
+    torch._dynamo.maybe_mark_dynamic(starts, 0)
+    return Segments(starts, host)
 
 
 def use(model: PreTrainedModel) -> None:
