@@ -25,9 +25,14 @@ Initial = Callable[[str, Sequence[int]], Tensor]
 
 @torch.no_grad()
 def fill(
-    loaded: Loaded, device: torch.device, initial: Initial | None = None, exact: Collection[str] = ()
+    loaded: Loaded,
+    device: torch.device,
+    home: torch.device | None = None,
+    initial: Initial | None = None,
+    exact: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Give the tensors of `loaded.model` memory on `device`, in the types and layouts that its outline has, and values.
+    Parameters lie on `home` where that is given.
 
     A parameter that lies in shards (a DTensor) gets this rank's shard alone: no more than one whole tensor is held at
     a time. A module with a method `pieces` (a quantised layer) is given its stored weight and says what its own tensors
@@ -36,21 +41,29 @@ def fill(
     Returns, of the parameters named in `exact`, this rank's part of the stored value in fp32, whatever type they are
     held in. ValueError for values that are not finite, on all ranks alike.
     """
-    filling = _Filling(loaded, device, initial, frozenset(exact))
+    filling = _Filling(loaded, device, home or device, initial, frozenset(exact))
     with console.progress() as bar:
         task = bar.add_task("reading the model", total=sum(1 for _ in loaded.model.modules()))
         for path, module in loaded.model.named_modules():
             filling.module(path, module)
             bar.advance(task)
+    loaded.model.load_state_dict({}, strict=False)  # tells those who shard it that what they hold has changed
     wrong = {name for names in ranks.gather(filling.wrong) for name in names}
     refuse(loaded.where, {NONFINITE: wrong})
     return filling.exactly
 
 
 class _Filling:
-    def __init__(self, loaded: Loaded, device: torch.device, initial: Initial | None, exact: frozenset[str]):
+    def __init__(
+        self,
+        loaded: Loaded,
+        device: torch.device,
+        home: torch.device,
+        initial: Initial | None,
+        exact: frozenset[str],
+    ):
         self.stored, self.stored_name = stored_tensors(loaded), loaded.family.stored_name
-        self.device, self.initial, self.exact = device, initial, exact
+        self.device, self.home, self.initial, self.exact = device, home, initial, exact
         self.made: dict[nn.Parameter, nn.Parameter] = {}  # for each that was, so that tied ones stay one
         self.exactly: dict[str, Tensor] = {}
         self.wrong: list[str] = []
@@ -67,7 +80,7 @@ class _Filling:
             if buffer is not None:
                 kept = leaf not in module._non_persistent_buffers_set
                 value = given[leaf] if leaf in given else self.stored(prefix + leaf) if kept else buffer
-                module._buffers[leaf] = self._memory(buffer, value)
+                module._buffers[leaf] = _memory(buffer, value, self.device)
 
     def _pieces(self, name: str, pieces: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         weight = self._read(name, ())
@@ -83,15 +96,12 @@ class _Filling:
         value = part(whole, held)
         self._check(name, value)
         if name in self.exact:
-            self.exactly[name] = value.to(self.device, torch.float32, copy=True)
-        made: Tensor = self._memory(held, value)
+            self.exactly[name] = value.to(self.home, torch.float32, copy=True)
+        made: Tensor = _memory(held, value, self.home)
         if isinstance(held, DTensor):
             shape: dict[str, Any] = {"shape": held.shape, "stride": held.stride()}
             made = DTensor.from_local(made, held.device_mesh, held.placements, run_check=False, **shape)
         return nn.Parameter(made, requires_grad=held.requires_grad)
-
-    def _memory(self, like: Tensor, value: Tensor) -> Tensor:
-        return torch.empty(value.shape, dtype=like.dtype, device=self.device).copy_(value)
 
     def _read(self, name: str, shape: Sequence[int]) -> Tensor:
         if ADAPTER in name:
@@ -102,6 +112,10 @@ class _Filling:
     def _check(self, name: str, value: Tensor) -> None:
         if value.is_floating_point() and not torch.isfinite(value).all():
             self.wrong.append(self.stored_name(name.replace(BASE, "")))
+
+
+def _memory(like: Tensor, value: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(value.shape, dtype=like.dtype, device=device).copy_(value)
 
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
