@@ -44,7 +44,7 @@ def one_step_gradients(recipe: recipes.Recipe) -> tuple[float, dict[str, torch.T
         )
     )
     loss = made._backward(batches, sum(len(b.targets) for b in batches))
-    return loss, {one.name: one.parameter.grad for one in learned}
+    return float(loss), {one.name: one.parameter.grad for one in learned}
 
 
 def assert_same_step(one, other):

@@ -1,51 +1,37 @@
 """The training loop: for every step of the plan, exact loss, one update, one row of metrics.
 
-The same for one device and for many ranks. Knows nothing of files: batches come in, rows go out, and `save` is called
-when a checkpoint is due.
+The same for one device and for many ranks. The host does not wait for the device: what a step leaves there is read when
+the next one has been asked for. Knows nothing of files: batches come in, rows go out, `save` is called when it is due.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import signal
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vistune import console, ranks
 from vistune.data.batch import Batch
 from vistune.recipe import Recipe
-from vistune.train import parallel, precision
+from vistune.train import out_of_memory, parallel, precision
 from vistune.train.checkpoint import seed_step
+from vistune.train.figures import Figures, Mark
+from vistune.train.loss_scale import DeviceScale, LossScale
 from vistune.train.metrics import memory
-from vistune.train.optimizer import Optimizer, scale_gradients
+from vistune.train.optimizer import Optimizer
+from vistune.train.out_of_memory import OutOfMemory as OutOfMemory
 from vistune.train.quarantine import Ledger
 from vistune.train.step import StepModule
+from vistune.train.upload import upload
 
-
-@dataclass
-class LossScale:
-    """Dynamic scale for fp16: halved when a gradient overflows, doubled after 1,000 clean steps. 1 otherwise."""
-
-    value: float = 1.0
-    clean: int = 0
-
-    def good(self) -> None:
-        self.clean += 1
-        if self.value > 1 and self.clean % 1000 == 0:
-            self.value *= 2
-
-    def bad(self) -> bool:
-        """Halve; False when there is nothing left to halve, so that the step is a true fault."""
-        self.clean = 0
-        if self.value <= 1:
-            return False
-        self.value /= 2
-        return True
+Keys = list[tuple[int, int]]
+"""Samples as (number of the source, row)."""
 
 
 @dataclass
@@ -73,12 +59,26 @@ class State:
 class Totals:
     """Sums over all ranks and micro-batches of one step."""
 
+    flops: float
     supervised: int
     tokens: int
     computed: int
     samples: int
     faults: int
     stop: int  # ranks that were asked to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A step that was asked of the device and whose row has not been read."""
+
+    step: int
+    consumed: int
+    totals: Totals
+    figures: Figures  # loss, gradient norm before clipping, 1 if one of them is not finite
+    since: Mark
+    memory: dict[str, float]
+    keys: Keys
 
 
 class Stop:
@@ -119,6 +119,7 @@ class Loop:
 
     `beat` hears what this rank is about to do (data, forward, update, save) with which samples (source, row).
     `ending` says that the run cannot go on: every rank then calls `save` after the same step, and it raises.
+    `late`: how many steps may be asked of the device before the row of the first of them is read.
     """
 
     recipe: Recipe
@@ -133,51 +134,97 @@ class Loop:
     peak: float
     report: Callable[[dict[str, Any]], None]
     save: Callable[[State], None]
-    beat: Callable[[str, list[tuple[int, int]]], None] = lambda phase, keys: None
+    beat: Callable[[str, Keys], None] = lambda phase, keys: None
     ending: Callable[[], bool] = lambda: False
+    late: int = -1
+
+    def __post_init__(self) -> None:
+        if self.late < 0:  # a CPU has done what it was asked when the call returns
+            self.late = int(self.device.type == "cuda")
+        self._asked: deque[Asked] = deque()
+        self._before: Mark | None = None
+        self._scale: DeviceScale | None = None
+
+    @property
+    def scale(self) -> DeviceScale:
+        """The loss scale on the device; made anew by `run`, from the state that was taken up."""
+        if self._scale is None:
+            self._scale = DeviceScale(self.state.scale, self.device)
+        return self._scale
 
     def run(self, batches: Iterator[list[Batch]]) -> None:
         """Steps `state.step + 1 .. steps`. Raises Interrupted after a signal, ValueError when the run must stop."""
         stop = Stop()
+        self._scale = None
         try:
             with console.progress("{task.fields[note]}") as bar:
                 task = bar.add_task("train", total=self.steps, completed=self.state.step, note="")
                 while self.state.step < self.steps:
-                    began = time.perf_counter()
+                    self._before = self._before or Mark(self.device)
                     self.beat("data", [])
-                    row = self.step(next(batches), stop, began)
-                    self.report(row)
-                    bar.update(task, advance=1, note=f"loss {row['loss']:.4f}")
+                    stopped = self.step(next(batches), stop)
                     due = self.state.step % self.recipe.checkpoint.every == 0 or self.state.step == self.steps
-                    if due or row["stop"]:
+                    for row in self.rows(0 if due or stopped else self.late):
+                        self.report(row)
+                        bar.update(task, completed=row["step"], note=f"loss {row['loss']:.4f}")
+                    if due or stopped:
                         self.beat("save", [])
                         self.save(self.state)
-                    if row["stop"] and self.state.step < self.steps:
+                        self._before = None  # a save is no part of the next step's time
+                    if stopped and self.state.step < self.steps:
                         raise Interrupted(stop.signal or signal.SIGTERM, self.state.step)
+        except Exception as error:
+            self._report_rest(error)
+            raise
         finally:
             stop.release()
 
-    def step(self, batches: list[Batch], stop: Stop, began: float) -> dict[str, Any]:
-        """One update over the step's micro-batches; returns its metrics."""
+    def step(self, batches: list[Batch], stop: Stop) -> bool:
+        """Ask the device for one update over the step's micro-batches; True if a rank was asked to stop. `rows` has
+        its metrics."""
         self.module.train()
         seed_step(self.recipe.train.seed, self.state.step)
+        before = self._before or Mark(self.device)
+        keys = [key for batch in batches for key in batch.keys]
         # Before the first collective: who waits in it has its data, and is told from a rank that is still reading.
-        self.beat("forward", [key for batch in batches for key in batch.keys])
+        self.beat("forward", keys)
         totals = self._totals(batches, stop)
         if totals.faults:
             met = ranks.gather([fault for batch in batches for fault in batch.faults])
             self.ledger.add(fault for faults in met for fault in faults)
         loss = self._backward(batches, totals.supervised)
-        norm = self._update(totals, loss, batches)
+        with self._memory("in the update of the weights", batches):
+            figures = self._update(totals, loss, keys)
         self.state.step += 1
         self.state.consumed += totals.samples
         self.state.tokens += totals.tokens
-        seconds = time.perf_counter() - began
-        self.state.seconds += seconds
-        return self._row(batches, totals, loss, norm, seconds)
+        self._before = figures.done
+        self._asked.append(
+            Asked(self.state.step, self.state.consumed, totals, figures, before, memory(self.device), keys)
+        )
+        return bool(totals.stop)
+
+    def rows(self, left: int = 0) -> Iterator[dict[str, Any]]:
+        """Metrics of all steps that were asked for but the last `left`, oldest first; waits for the device. What they
+        tell of the run goes into `state`. Raises ValueError after too many steps that were not finite."""
+        while len(self._asked) > left:
+            yield self._row(self._asked.popleft())
+
+    def _report_rest(self, error: Exception) -> None:
+        """Before the run ends in `error`: the rows that nobody has read."""
+        try:
+            for row in self.rows():
+                self.report(row)
+        except Exception as another:  # noqa: BLE001 - the device may be broken; the first error is the one to tell
+            error.add_note(f"the rows of the last steps could not be read: {another}")
+
+    def _memory(self, phase: str, batches: list[Batch]) -> Any:
+        return out_of_memory.named(self.state.step + 1, phase, batches, self.recipe.run, self.device)
 
     def _totals(self, batches: list[Batch], stop: Stop) -> Totals:
+        """Over the host, where all of it is known: the device is not waited for."""
         mine = [
+            sum(self.flops(b) for b in batches),
             sum(len(b.targets) for b in batches),
             sum(b.tokens for b in batches),
             sum(len(b.ids) for b in batches),
@@ -186,71 +233,82 @@ class Loop:
             int(stop.signal != 0 or self.ending()),
         ]
         if ranks.world() > 1:
-            mine = ranks.all_sum(torch.tensor(mine, device=self.device)).tolist()
-        return Totals(*mine)
+            mine = ranks.all_sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        return Totals(mine[0], *map(int, mine[1:]))
 
-    def _backward(self, batches: list[Batch], supervised: int) -> float:
-        """Gradients of the step's mean loss over `supervised` tokens of all ranks, and that loss."""
+    def _backward(self, batches: list[Batch], supervised: int) -> Tensor:
+        """Gradients of the step's mean loss over `supervised` tokens of all ranks, and that loss: fp32 scalar."""
+        sharded = parallel.sharded(self.recipe)  # then every rank takes part in everything
         total = torch.zeros((), device=self.device)
-        factor = self.state.scale.value * parallel.loss_factor() / max(1, supervised)
-        for batch in batches:
-            if not len(batch.targets):
-                continue
+        factor = self.scale.value * (parallel.loss_factor() / max(1, supervised))
+        taken = [batch for batch in batches if sharded or len(batch.targets)]
+        moved = upload(taken, self.device)
+        for batch in taken:
             self.beat("forward", batch.keys)
-            with precision.autocast(self.recipe.train.precision, self.dtype, self.device):
-                loss = self.module(batch.to(self.device))
-            if loss.requires_grad:  # a batch of text alone leaves a lone connector untouched
-                (loss * factor).backward()
+            with self._memory("in a micro-batch", [batch]):
+                with precision.autocast(self.recipe.train.precision, self.dtype, self.device):
+                    loss = self.module(next(moved))
+                if loss.requires_grad:  # a batch of text alone leaves a lone connector untouched
+                    (loss * factor).backward()
             total += loss.detach()
-        return float(ranks.all_sum(total)) / max(1, supervised)
+        return ranks.all_sum(total) / max(1, supervised)
 
-    def _update(self, totals: Totals, loss: float, batches: list[Batch]) -> float:
-        """Sum the gradients over the ranks, clip, update. A step that is not finite, or supervises nothing, is
-        skipped and counted. Returns the gradient norm before clipping."""
-        scale, clip = self.state.scale, self.recipe.optimizer.clip
-        self.beat("update", [])
+    def _update(self, totals: Totals, loss: Tensor, keys: Keys) -> Figures:
+        """Sum the gradients over the ranks, clip, update. A step that is not finite is skipped, on the device; so is
+        one that supervises nothing. Returns loss, gradient norm before clipping, and whether they are finite."""
+        self.beat("update", keys)
         gradients = self.optimizer.gradients()
         parallel.reduce(gradients)
         parallel.average(parallel.followed(self.module).values())
-        norm = float(parallel.norm(gradients)) / scale.value
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            self._count_nonfinite(batches, norm, loss)
-        elif totals.supervised == 0:
-            self.state.skipped += 1
-        else:
-            factor = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / scale.value
-            if factor != 1.0:
-                scale_gradients(gradients, factor)
-            self.optimizer.update(self.state.step + 1)
-            self.state.nonfinite_in_a_row = 0
-            scale.good()
+        norm = parallel.norm(gradients).to(self.device, torch.float32) / self.scale.value
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        if totals.supervised:
+            self.optimizer.update(self.state.step + 1, self._divisor(norm), bad.float())
+            self.scale.follow(bad)
         self.optimizer.clear()
-        return norm
+        return Figures(torch.stack([loss, norm, bad.float()]))
 
-    def _count_nonfinite(self, batches: list[Batch], norm: float, loss: float) -> None:
-        self.state.skipped += 1
-        if self.state.scale.bad():
-            return
-        self.state.nonfinite += 1
-        self.state.nonfinite_in_a_row += 1
-        if self.state.nonfinite_in_a_row >= self.recipe.train.nonfinite_limit:
-            keys = [key for b in batches for key in b.keys]
-            raise ValueError(
-                f"step {self.state.step + 1}: loss {loss} and gradient norm {norm} are not finite, "
-                f"{self.state.nonfinite_in_a_row} steps in a row. Samples of this step on rank {ranks.rank()} "
-                f"(source, row): {keys[:16]}{' ...' if len(keys) > 16 else ''}. "
-                "Lower the rates in [learn], or look at these rows with `vistune data show`."
-            )
+    def _divisor(self, norm: Tensor) -> Tensor | None:
+        """What the gradients are divided by: the loss scale, times how often the largest norm goes into theirs."""
+        clip = self.recipe.optimizer.clip
+        if not clip:
+            return self.scale.value if self.scale.used else None
+        return self.scale.value * ((norm + 1e-6) / clip).clamp(min=1.0)
 
-    def _row(self, batches: list[Batch], totals: Totals, loss: float, norm: float, seconds: float) -> dict[str, Any]:
-        mine = torch.tensor(float(sum(self.flops(b) for b in batches)), device=self.device)
-        flops = float(ranks.all_sum(mine))
+    def _count(self, asked: Asked, loss: float, norm: float, bad: bool) -> None:
+        """How a step ended, into the state. Raises ValueError when too many were not finite."""
         state = self.state
+        if asked.totals.supervised == 0:
+            state.skipped += 1
+        elif not bad:
+            state.nonfinite_in_a_row = 0
+            state.scale.good()
+        else:
+            state.skipped += 1
+            if state.scale.bad():
+                return
+            state.nonfinite += 1
+            state.nonfinite_in_a_row += 1
+            if state.nonfinite_in_a_row >= self.recipe.train.nonfinite_limit:
+                self._asked.clear()  # what came after it counts no more
+                raise ValueError(
+                    f"step {asked.step}: loss {loss} and gradient norm {norm} are not finite, "
+                    f"{state.nonfinite_in_a_row} steps in a row. Samples of this step on rank {ranks.rank()} "
+                    f"(source, row): {asked.keys[:16]}{' ...' if len(asked.keys) > 16 else ''}. "
+                    "Lower the rates in [learn], or look at these rows with `vistune data show`."
+                )
+
+    def _row(self, asked: Asked) -> dict[str, Any]:
+        loss, norm, bad = asked.figures.read()
+        seconds = asked.figures.done.since(asked.since)
+        self._count(asked, loss, norm, bool(bad))
+        state, totals = self.state, asked.totals
+        state.seconds += seconds
         return {
-            "step": state.step,
+            "step": asked.step,
             "loss": loss,
             "grad_norm": norm,
-            "lr": self.optimizer.rates(state.step),
+            "lr": self.optimizer.rates(asked.step),
             "tokens": totals.tokens,
             "supervised": totals.supervised,
             "samples": totals.samples,
@@ -258,15 +316,15 @@ class Loop:
             "tokens_per_s": totals.tokens / seconds,
             "supervised_per_s": totals.supervised / seconds,
             "samples_per_s": totals.samples / seconds,
-            "mfu": flops / seconds / (self.peak * ranks.world()) if self.peak else 0.0,
+            "mfu": totals.flops / seconds / (self.peak * ranks.world()) if self.peak else 0.0,
             "ms": seconds * 1e3,
             "skipped": state.skipped,
             "nonfinite": state.nonfinite,
             "loss_scale": state.scale.value,
-            "consumed_samples": state.consumed,
+            "consumed_samples": asked.consumed,
             "global_batch": self.recipe.train.batch,
-            "memory": memory(self.device),
-            "eta_s": state.seconds / state.step * (self.steps - state.step),
+            "memory": asked.memory,
+            "eta_s": state.seconds / asked.step * (self.steps - asked.step),
             "seconds": state.seconds,
             "stop": bool(totals.stop),
         }

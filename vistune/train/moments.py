@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vistune.models import quantize
 from vistune.train import parallel
 
 BLOCKS = (256, 128, 64)
@@ -105,10 +104,14 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 @cache
 def _library() -> Any:
+    """bitsandbytes' functions. ValueError, with what to install, where it is absent or does not load."""
     try:
-        return quantize.library().functional
-    except ValueError as error:
-        raise ValueError(f"optimizer.name = adamw8bit: {str(error).removeprefix('quantize: ')}") from error
+        import bitsandbytes
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f'optimizer.name = adamw8bit: needs bitsandbytes ({error}); pip install "vistune[quant]"'
+        ) from error
+    return bitsandbytes.functional
 
 
 def _spread_rows(held: Tensor, like: Tensor) -> Tensor:

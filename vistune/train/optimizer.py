@@ -272,7 +272,3 @@ def first_element(piece: Piece) -> int:
 def laid(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the memory layout of `like`, which the kernel wants of all it is given."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
-
-
-def scale_gradients(gradients: list[Tensor], factor: Tensor | float) -> None:
-    torch._foreach_mul_(gradients, factor)
