@@ -63,6 +63,10 @@ class Quantized(nn.Linear):
         """The tensors that stand for the weight, by their names here."""
         return {name: held for name, held in self._parameters.items() if name != "bias" and held is not None}
 
+    def spared(self) -> int:
+        """How many fewer values its tensors have than the weight."""
+        return self.in_features * self.out_features - sum(held.numel() for held in self.leaves().values())
+
     def pieces(self, weight: Tensor) -> dict[str, Tensor]:
         """The values of `leaves` for the stored weight [O, I], whole, on its device."""
         raise NotImplementedError
@@ -79,8 +83,8 @@ class Quantized(nn.Linear):
         """Itself, with memory for the stored weight's pieces on its device."""
         for name, value in self.pieces(weight).items():
             self._parameters[name] = nn.Parameter(value, requires_grad=False)
-        for name, value in self._buffers.items():
-            self._buffers[name] = value if value is None else value.to(weight.device)
+        for name, buffer in self.named_buffers():
+            self._buffers[name] = buffer.to(weight.device)
         return self
 
     @property
@@ -110,7 +114,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, matrix(x.dtype, *leaves), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         assert not ctx.needs_input_grad[1], "the bias of a quantised layer is frozen"
         weight = ctx.matrix(gradient.dtype, *ctx.saved_tensors)
         return gradient @ weight, None, None, *(None for _ in ctx.saved_tensors)
@@ -127,7 +131,7 @@ class Nf4Linear(Quantized):
     def __init__(self, linear: nn.Linear, double: bool):
         super().__init__(linear)
         rows, blocks = linear.out_features, -(-linear.in_features // BLOCK)
-        self.double, self.spare = double, blocks * BLOCK - linear.in_features
+        self.doubled, self.spare = double, blocks * BLOCK - linear.in_features
         self._leaf("packed", torch.uint8, rows, blocks * BLOCK // 2)
         self._leaf("absmax", torch.uint8 if double else torch.float32, rows, blocks)
         functional = library().functional
@@ -145,7 +149,7 @@ class Nf4Linear(Quantized):
         ]
         absmax = torch.cat([state.absmax for _, state in done])
         found = {"packed": torch.cat([packed for packed, _ in done]).view(len(weight), -1), "absmax": absmax}
-        if self.double:
+        if self.doubled:
             offset = absmax.mean()
             found["absmax"], state = functional.quantize_blockwise(absmax - offset, blocksize=NESTED)
             found |= {"nested": state.absmax, "offset": offset.view(1)}

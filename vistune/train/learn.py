@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vistune.models import quantize
 from vistune.models.families import Family
 from vistune.models.flops import chosen
+from vistune.models.lowbit import Quantized
 from vistune.recipe import Rate, Recipe
 from vistune.train import adapters
 
@@ -36,9 +38,13 @@ class Learned:
 def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
     """Freeze everything, add the adapters, then let what `recipe.learn` names learn.
 
-    A longer key wins over a shorter one (`vision.layers.-4:` over `vision`). Raises ValueError for a key that names
-    nothing.
+    The language model's matrices are laid quantised first where `lora.quantize` says so. A longer key wins over a
+    shorter one (`vision.layers.-4:` over `vision`). On the meta device nothing takes memory. Raises ValueError for a
+    key that names nothing, and for adapters that cannot be had together.
     """
+    if (kind := recipe.lora.quantize) != "none":
+        _refuse_unquantised_products(recipe)
+        quantize.lay(model, family, kind, recipe.lora.double_quant)
     model.requires_grad_(False)
     adapted = set(adapters.inject(model, family, recipe.lora)) if recipe.lora.r else set()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -57,6 +63,15 @@ def apply(model: nn.Module, family: Family, recipe: Recipe) -> list[Learned]:
         if not found:
             raise ValueError(f"learn.{key}: names no parameter of this model")
     return [taken[name] for name in names.values() if name in taken]
+
+
+def _refuse_unquantised_products(recipe: Recipe) -> None:
+    if recipe.lora.dora and recipe.lora.dropout:
+        raise ValueError(
+            f"lora.dora with lora.dropout = {recipe.lora.dropout} and lora.quantize = {recipe.lora.quantize}: DoRA "
+            "then multiplies by every matrix unquantised and keeps it until backward; set lora.dropout = 0, or one of the "
+            "others off"
+        )
 
 
 def again(model: nn.Module, learned: Iterable[Learned]) -> list[Learned]:
@@ -104,5 +119,6 @@ def describe(model: nn.Module, family: Family, learned: list[Learned]) -> list[t
         learning = [one for one in learned if id(one.parameter) in inside]
         rates = ", ".join(dict.fromkeys(f"{one.key} {one.rate.lr:g}" for one in learning)) or "frozen"
         total = sum(p.numel() for p in inside.values())
+        total += sum(one.spared() for root in modules for one in root.modules() if isinstance(one, Quantized))
         rows.append((part, total, sum(one.parameter.numel() for one in learning), rates))
     return rows
