@@ -16,6 +16,11 @@ from vistune.data.tokenize import Language, Tokens, fault, tokenize
 from vistune.images import ImageError, Layout, Picture, open_image
 from vistune.samples import Fault, Image, Sample, SampleError
 
+NOBODY = (-1, -1)
+"""The key of what no row of any source is."""
+_SMALL = 56
+"""Pixels of a side of a picture that shows nothing, where its size decides how many tokens it is."""
+
 PAD_ID = 0
 """Stands in padding and in the place of a sample that could not be read. No sample attends to it, nothing learns it."""
 
@@ -26,7 +31,7 @@ class Batch:
 
     ids: Tensor  # int64 [T], images as their placeholders
     positions: Tensor  # int64 [T], from 0 in every segment
-    lengths: list[int]  # of the segments in order, T in all; padding, if any, is the last segment
+    lengths: list[int]  # of the segments in order, T in all; padding, if any, is the last of them
     rows: Tensor  # int64 [S]: positions whose next token, of the same sample, is learned
     targets: Tensor  # int64 [S]: those next tokens
     pixels: Tensor | None  # uint8 [N, 3, H, W], or [patches, values] or [tiles, 3, H, W], as the placeholders come
@@ -145,11 +150,24 @@ def _show(item: Item, sample: Sample, image: Image, picture: Picture | None, lay
         item.faults.append(fault(sample, error.code, error.reason, image.path).fault)
 
 
-def collate(items: Sequence[Item], pad_to: int = 1) -> Batch:
-    """Lay `items` in a row of a multiple of `pad_to` tokens. No items make a row of padding, never an empty one."""
+def nothing_to_see(language: Language) -> Item:
+    """One blank picture and no text: what a rank without pictures computes so that all ranks do the same."""
+    layout, size = language.layout, (_SMALL, _SMALL)
+    count, grid = layout.tokens(*size), layout.grid(*size)
+    ids = np.full(count, language.image_token_id, np.int32)
+    tokens = Tokens(ids, np.zeros(count, np.bool_), [(0, count)])
+    return Item(NOBODY, tokens, [layout.blank(*size)], [], [] if grid is None else [grid])
+
+
+def collate(items: Sequence[Item], pad_to: int = 1, beside: Sequence[Item] = ()) -> Batch:
+    """Lay `items` in a row of a multiple of `pad_to` tokens. No items make a row of padding, never an empty one.
+
+    What is `beside` them is laid there too, in segments of its own, and counted as padding.
+    """
+    tokens = sum(len(item.tokens.ids) for item in items)
+    samples, items = list(items), [*items, *beside]
     lengths = [len(item.tokens.ids) for item in items]
-    tokens = sum(lengths)
-    padding = max(1, -(-tokens // pad_to)) * pad_to - tokens
+    padding = max(1, -(-sum(lengths) // pad_to)) * pad_to - sum(lengths)
     ids = np.concatenate([*(item.tokens.ids for item in items), np.full(padding, PAD_ID, np.int32)])
     if padding:
         lengths.append(padding)
@@ -167,9 +185,9 @@ def collate(items: Sequence[Item], pad_to: int = 1) -> Batch:
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(ids[rows + 1]),
         pixels=None if joined is None else torch.from_numpy(joined),
-        samples=len(items),
+        samples=len(samples),
         tokens=tokens,
-        keys=[item.key for item in items],
+        keys=[item.key for item in samples],
         faults=[fault for item in items for fault in item.faults],
         grids=torch.tensor(grids) if grids else None,
     )

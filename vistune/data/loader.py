@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vistune.data.batch import Batch, Item, collate, read_planned
+from vistune.data.batch import Batch, Item, collate, nothing_to_see, read_planned
 from vistune.data.formats import Reader
-from vistune.data.plan import Plan
+from vistune.data.plan import Pack, Plan
 from vistune.data.processes import context
 from vistune.data.tokenize import Language
 
@@ -33,13 +33,17 @@ def load(
     pad_to: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    alike: bool = False,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of steps `start_step` to `stop_step` (the run's end if None), one list a step.
 
     `prefetch` steps are made ahead in every worker. With a GPU present the tensors come in pinned memory. Errors of a
     worker are raised here as they are; faults of rows and images come with the batch.
+
+    `alike`: where any rank has a picture in a micro-batch, every rank has at least a blank one, so that all compute the
+    same modules in the same order. Which ranks have some is known from the plan; nobody asks the others.
     """
-    steps = _Steps(plan, tuple(readers), language, rank, world, packs_per_micro, pad_to)
+    steps = _Steps(plan, tuple(readers), language, rank, world, packs_per_micro, pad_to, alike)
     wanted = range(start_step, plan.steps if stop_step is None else stop_step)
     if not workers:
         yield from map(steps.batches, wanted)
@@ -72,6 +76,7 @@ class _Steps(Dataset):
     world: int
     packs_per_micro: int
     pad_to: int
+    alike: bool = False
 
     def __post_init__(self) -> None:
         assert self.plan.steps_per_epoch  # counted once here, not once in every worker
@@ -83,8 +88,18 @@ class _Steps(Dataset):
             return error
 
     def batches(self, k: int) -> list[Batch]:
-        micros = self.plan.micro_batches(k, self.rank, self.world, self.packs_per_micro)
-        return [collate([self._item(position) for pack in micro for position in pack], self.pad_to) for micro in micros]
+        return [self._batch(micro) for micro in self.plan.shares(k, self.world, self.packs_per_micro)]
+
+    def _batch(self, micro: list[list[Pack]]) -> Batch:
+        """This rank's part of a micro-batch."""
+        items = [self._item(position) for pack in micro[self.rank] for position in pack]
+        lacks = self.alike and not any(item.pixels for item in items) and self._shows(micro)
+        return collate(items, self.pad_to, [nothing_to_see(self.language)] if lacks else ())
+
+    def _shows(self, micro: list[list[Pack]]) -> bool:
+        """Whether any rank has a picture in it, as the index knows."""
+        positions = [position for packs in micro for pack in packs for position in pack]
+        return bool(self.plan.index.columns["images"][positions].any())
 
     def _item(self, position: int) -> Item:
         return read_planned(self.plan.index, self.readers, position, self.language)

@@ -149,17 +149,21 @@ class Plan:
         return self._pack(self.order(epoch, np.arange(start, stop)))
 
     def micro_batches(self, k: int, rank: int, world: int, packs_per_micro: int) -> list[list[Pack]]:
-        """This rank's share of step k: as many micro-batches as every other rank has, the last ones possibly empty.
+        """This rank's share of step k: as many micro-batches as every other rank has, the last ones possibly empty."""
+        return [micro[rank] for micro in self.shares(k, world, packs_per_micro)]
+
+    def shares(self, k: int, world: int, packs_per_micro: int) -> list[list[list[Pack]]]:
+        """[micro-batch][rank] -> packs of step k.
 
         Packs are dealt by what they cost. Grouped samples keep their order: the next micro-batch to the next rank.
         """
         packs = self.step(k)
         if self.group != "none":
             micros = [packs[start : start + packs_per_micro] for start in range(0, len(packs), packs_per_micro)]
-            turns = range(rank, math.ceil(len(micros) / world) * world, world)
-            return [micros[turn] if turn < len(micros) else [] for turn in turns]
+            micros += [[]] * (-len(micros) % world)
+            return [micros[start : start + world] for start in range(0, len(micros), world)]
         dealt = deal(self.costs(packs), world, packs_per_micro)
-        return [[packs[i] for i in micro[rank]] for micro in dealt]
+        return [[[packs[i] for i in mine] for mine in micro] for micro in dealt]
 
     def costs(self, packs: Sequence[Pack]) -> np.ndarray:
         """float64 [packs]: work of each pack, in tokens through the layers."""
