@@ -38,7 +38,7 @@ def look(own: Sequence[Finding], patience: float = PATIENCE) -> tuple[list[Findi
 
 
 def reach(environment: Mapping[str, str]) -> str:
-    """Nothing where torchrun listens at MASTER_ADDR:MASTER_PORT, else the error; without torchrun rank 0 will listen."""
+    """Nothing where torchrun listens at MASTER_ADDR:MASTER_PORT, else the error; without it rank 0 listens later."""
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return ""
     try:

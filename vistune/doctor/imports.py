@@ -37,10 +37,9 @@ TRIED = ("torchvision", "torchaudio", "flash_attn", "bitsandbytes", "triton", "x
 TIMEOUT = 90.0
 
 
-def look() -> tuple[list[Finding], dict[str, Trial]]:
-    """The findings, and the trials by module for those who ask what torch is."""
-    trials = try_all(name for name in (*NEEDED, *TRIED) if is_there(name))  # `packages` says what is not there
-    return findings(trials, os.getcwd()), trials
+def look(timeout: float = TIMEOUT) -> list[Finding]:
+    trials = try_all((name for name in (*NEEDED, *TRIED) if is_there(name)), timeout)  # else `packages` says so
+    return findings(trials, os.getcwd())
 
 
 def is_there(name: str) -> bool:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vistune.doctor.findings import Finding, ok, problem, warning
+from vistune.doctor.imports import is_there
 from vistune.doctor.requirements import Requirement, fits, is_early, normal, of_distribution, own, suffix
 
 PUBLIC = re.compile(r"cpu|cu\d+|rocm[\d.]+|xpu|cxx11\.abi|cpu\.cxx11\.abi")
 """Marks of torch's own builds."""
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "protobuf": "google"}
+"""What is imported, where it is not called like its distribution."""
 BESIDE = ("torchvision", "torchaudio", "triton", "bitsandbytes", "flash-attn", "xformers")
 """Distributions that name the torch they were built for."""
 
@@ -32,7 +35,16 @@ def look() -> list[Finding]:
     found = gather(sys.path)
     asked = own()
     beside = {name: of_distribution(name) for name in BESIDE if name in found.versions}
-    return [*ranges(asked, found.versions), *vendor(found.versions), *doubles(found), *pairs(beside, found.versions)]
+    bare = {one.name for one in asked if one.name not in found.versions and is_there(MODULES.get(one.name, one.name))}
+    return [*ranges([one for one in asked if one.name not in bare], found.versions), *unnamed(bare), *vendor(found.versions), *doubles(found), *pairs(beside, found.versions)]
+
+
+def unnamed(bare: set[str]) -> list[Finding]:
+    """Packages that are there without the record of an installation: copied, or on PYTHONPATH."""
+    if not bare:
+        return []
+    text = f"{', '.join(sorted(bare))}: here without a record of an installation, so of unknown version"
+    return [warning("packages", text, f"pip install --force-reinstall --no-deps {' '.join(sorted(bare))}")]
 
 
 def gather(path: Iterable[str]) -> Installed:

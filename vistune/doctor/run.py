@@ -39,13 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_folder", nargs="?", default="runs", type=Path, help="where runs are to be written (runs)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.add_argument("--only", action="append", choices=GROUPS, help="look at this group alone; may be repeated")
+    help_timeout = "seconds that one import may take (%(default)g)"
+    parser.add_argument("--timeout", type=float, default=imports.TIMEOUT, help=help_timeout)
     asked = parser.parse_args(arguments)
-    return examine(asked.run_folder, json=asked.json, only=asked.only)
+    return examine(asked.run_folder, json=asked.json, only=asked.only, timeout=asked.timeout)
 
 
-def examine(run_folder: Path, *, json: bool = False, only: list[str] | None = None) -> int:
+def examine(
+    run_folder: Path, *, json: bool = False, only: list[str] | None = None, timeout: float = imports.TIMEOUT
+) -> int:
     """Look at everything (or the groups `only` names), print it, return the exit code. Rank 0 speaks for all ranks."""
-    first, known = os.environ.get("RANK", "0") == "0" or not cluster.is_launched(), Known(run_folder)
+    first, known = os.environ.get("RANK", "0") == "0" or not cluster.is_launched(), Known(run_folder, timeout)
     groups: dict[str, list[Finding]] = {}
     for name in only or (GROUPS if os.environ.get("LOCAL_RANK", "0") == "0" or not cluster.is_launched() else OF_RANK):
         show.print_wait(f"looking at {name} ..." if first else "")
@@ -68,8 +72,8 @@ def examine(run_folder: Path, *, json: bool = False, only: list[str] | None = No
 class Known:
     """What groups learn from each other: the probe's facts about torch; whether rank 0 has heard this one."""
 
-    def __init__(self, run_folder: Path) -> None:
-        self.run_folder = run_folder
+    def __init__(self, run_folder: Path, timeout: float) -> None:
+        self.run_folder, self.timeout = run_folder, timeout
         self.torch: dict[str, Any] = {}
         self.found: list[Finding] = []
         self.heard = False
@@ -90,7 +94,7 @@ def _looked(look: Look, known: Known, groups: dict[str, list[Finding]]) -> list[
 
 
 def _python(known: Known) -> list[Finding]:
-    return [*place.findings(place.gather()), *packages.look(), *imports.look()[0]]
+    return [*place.findings(place.gather()), *packages.look(), *imports.look(known.timeout)]
 
 
 def _devices(known: Known) -> list[Finding]:
