@@ -74,7 +74,7 @@ def _policy(width: int, context: Any, op: Any, *given: Any, **named: Any) -> Che
 
 
 def _dear(op: Any, given: tuple[Any, ...], width: int) -> bool:
-    """Whether a product's result is held. The one that ends a layer, back from a wider row, is needed by no backward."""
+    """Whether a product's result is held. The one that ends a layer, from wider rows, no backward asks for."""
     inner, wide = PRODUCTS[op](*given)
     grouped = op is _ops.aten.convolution.default and given[8] > 1
     ends = inner > wide == width and op is not _ops.aten.convolution.default
