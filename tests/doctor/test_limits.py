@@ -60,7 +60,12 @@ def test_without_a_limit_nothing_is_touched(monkeypatch):
 
 
 def test_tasks_are_counted_by_user():
-    statuses = ["Name:\ta\nUid:\t7\t7\t7\t7\nThreads:\t12\n", "Uid:\t7\t0\t0\t0\nThreads:\t3\n", "Uid:\t8\nThreads:\t50\n", ""]
+    statuses = [
+        "Name:\ta\nUid:\t7\t7\t7\t7\nThreads:\t12\n",
+        "Uid:\t7\t0\t0\t0\nThreads:\t3\n",
+        "Uid:\t8\nThreads:\t50\n",
+        "",
+    ]
     assert limits.tasks_of(7, statuses) == 15
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from vistune import limits
-from vistune.doctor.causes import UNNEEDED, explain, pip_name
+from vistune.doctor.causes import explain, pip_name
 from vistune.doctor.findings import Finding, ok, problem, warning
 from vistune.doctor.trial import Trial, probe
 
@@ -76,10 +76,10 @@ def _broken(name: str, trial: Trial, trials: Mapping[str, Trial]) -> Finding:
     fault = _fault_of_another(name, found, trials)
     if fault:
         return problem(title, f"does not import because of {fault}: {found}", f"cure {fault} first (its own line)")
-    if name.split(".")[0] in NEEDED or name in NEEDED:
+    if name in NEEDED:
         return problem(title, found, fix)
     harm = name == "torchvision" and not imports(trials.get("transformers.models.llava.modeling_llava", Trial(0)))
-    return (problem if harm or name not in UNNEEDED else warning)(title, found, fix)
+    return (problem if harm else warning)(title, found, fix)
 
 
 def _fault_of_another(name: str, found: str, trials: Mapping[str, Trial]) -> str:

@@ -36,7 +36,13 @@ def look() -> list[Finding]:
     asked = own()
     beside = {name: of_distribution(name) for name in BESIDE if name in found.versions}
     bare = {one.name for one in asked if one.name not in found.versions and is_there(MODULES.get(one.name, one.name))}
-    return [*ranges([one for one in asked if one.name not in bare], found.versions), *unnamed(bare), *vendor(found.versions), *doubles(found), *pairs(beside, found.versions)]
+    return [
+        *ranges([one for one in asked if one.name not in bare], found.versions),
+        *unnamed(bare),
+        *vendor(found.versions),
+        *doubles(found),
+        *pairs(beside, found.versions),
+    ]
 
 
 def unnamed(bare: set[str]) -> list[Finding]:
