@@ -182,12 +182,8 @@ class _Proof:
         model: nn.Module = loaded.model
         learned = learn.apply(model, loaded.family, recipe)
         self.dtype = precision.compute_dtype(recipe.train.precision, device)
-        if self.dtype != torch.float32:
-            learn.lower_frozen(model, self.dtype)
+        precision.lay(model, recipe.train.precision, self.dtype)
         model.to(device).eval()  # without dropout, which would differ by itself
-        if recipe.train.precision in precision.HALF_WEIGHTS and self.dtype != torch.float32:
-            for one in model.parameters():
-                one.data = one.data.to(self.dtype)
         self.module = StepModule(model, loaded.family, loaded.layout, self.dtype)
         self.parameters = _first([one.parameter for one in learned], GRADIENTS)
 

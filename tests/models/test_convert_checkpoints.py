@@ -11,11 +11,10 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from tests.each_family import each_family, folders_in
 from tests.original_llava import BASE, ORIGINAL
-from vistune.models import checkpoints, weights
+from vistune.models import checkpoints, merge, weights
 from vistune.models.convert import NotTheSame, convert
-from vistune.models.load import load, save, stored_tensors
+from vistune.models.load import load
 from vistune.models.proving.compare import compare
-from vistune.train.adapters import merge_adapters, save_adapter
 
 WHOLE = ORIGINAL / "llava-mlp2x_gelu"
 
@@ -135,9 +134,11 @@ def run(tmp_path_factory):
         parameter.requires_grad_(".lora_" in name or "multi_modal_projector" in name)
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.1
-    save_adapter(loaded.model, path / "adapter", str(path / "start"))
-    merge_adapters(loaded.model, stored_tensors(loaded))
-    save(loaded, path / "model", frozen_from=loaded.source, card="")
+    learned = {n: weights.held(p) for n, p in loaded.model.named_parameters() if p.requires_grad}
+    held = merge.sort(learned, loaded.model.peft_config["default"])
+    (path / "adapter").mkdir()
+    merge.write_adapter(path / "adapter", held, str(path / "start"))
+    merge.merge(path / "start", path / "model", held, "")
     return path
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.made import made_recipe, stage0
+from vistune.models import merge
 from vistune.models.load import load, stored_tensors
 from vistune.train import adapters, learn
 
@@ -60,7 +61,7 @@ def test_the_values_are_those_that_peft_begins_with(start, dora):
         one.name: adapters.initial(one.name, one.parameter.shape, 3, stored) for one in learned if ".lora_" in one.name
     }
     other = load(start)
-    config = adapters.lora_config(made_recipe(start, start, start, lora={"r": 4, "dora": dora}).lora, [LAYER])
+    config = merge.lora_config(made_recipe(start, start, start, lora={"r": 4, "dora": dora}).lora, [LAYER])
     inject_adapter_in_model(config, other.model)
     theirs = {n: p for n, p in other.model.named_parameters() if ".lora_" in n}
     assert theirs and theirs.keys() <= ours.keys()

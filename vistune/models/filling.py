@@ -85,7 +85,7 @@ class _Filling:
     def _pieces(self, name: str, pieces: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         weight = self._read(name, ())
         self._check(name, weight)
-        return pieces(weight)
+        return pieces(weight.to(self.device))  # quantising takes minutes on a host
 
     def _parameter(self, name: str, held: nn.Parameter, piece: Tensor | None) -> nn.Parameter:
         if held not in self.made:

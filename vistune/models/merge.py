@@ -1,6 +1,5 @@
-"""Low-rank adapters folded into the weights they lie beside: a model folder from a base and an adapter.
-
-One tensor is in memory at a time. Knows peft's files and arithmetic, nothing of runs (see `vistune.train.merge`).
+"""What learned, laid into the model it lies on: adapters folded into their weights, the rest in its place; and adapters
+in peft's files. One tensor is in memory at a time. Knows nothing of runs (see `vistune.train.merge`).
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 
 from vistune.models import checkpoints, weights
 from vistune.models.checkpoints import Checkpoint, hf
-from vistune.models.fit import plain, skeleton
+from vistune.models.fit import HEAD, Given, match, plain, skeleton, ties
 from vistune.models.folders import beside
 from vistune.models.weights import Entry
+from vistune.recipe import Lora
 
 ADAPTER_CONFIG, LEARNED = "adapter_config.json", "learned.safetensors"
 """peft's description of an adapter; and beside it what else learned, whole tensors by their names in the model."""
+_PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _LORA = re.compile(r"\.(lora_[A-Za-z_]+)(?:\.default)?(\.\w+)?$")
 
@@ -62,10 +63,40 @@ def read_adapter(folder: Path) -> Learned:
     if file is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(_FILES)}; copy the adapter again")
     found = weights.safetensors(file) if file.suffix == ".safetensors" else _held(weights.pickled(file))
-    learned = sort({name.removeprefix("base_model.model."): entry for name, entry in found.items()}, config)
+    learned = sort({name.removeprefix(_PREFIX): entry for name, entry in found.items()}, config)
     if (folder / LEARNED).exists():
         learned.whole |= weights.safetensors(folder / LEARNED)
     return learned
+
+
+def write_adapter(folder: Path, learned: Learned, base: str) -> None:
+    """Write the adapters into `folder` as peft does (adapter_config.json, adapter_model.safetensors), `base` being what
+    they lie on; and what else learned (a connector, say), which peft has no place for, in a file beside."""
+    config = copy.copy(learned.config)
+    config.base_model_name_or_path, config.target_modules = base, sorted(learned.adapters)
+    config.save_pretrained(str(folder))
+    pairs = {
+        f"{_PREFIX}{path}.{kind}" + ("" if kind == "lora_magnitude_vector" else ".weight"): entry
+        for path, parts in learned.adapters.items()
+        for kind, entry in parts.items()
+    }
+    weights.write_file(folder / _FILES[0], pairs)
+    if learned.whole:
+        weights.write_file(folder / LEARNED, learned.whole)
+
+
+def lora_config(lora: Lora, targets: list[str]) -> Any:
+    """A recipe's `lora` table as peft says it."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
 
 
 def _held(tensors: Mapping[str, Any]) -> dict[str, Entry]:
@@ -117,17 +148,32 @@ def fold(weight: Tensor, adapter: Mapping[str, Tensor], config: Any, path: str) 
 def merge(base: Path, out: Path, learned: Learned, note: str, **said: Any) -> Path:
     """Write the model folder `out`: the model of `base` (any format) with what `learned` holds in it.
 
-    Adapted weights keep the base's type; what learned whole keeps its own, or the base's bytes where nothing changed.
     `said`: template, image and options of `vistune.models.load.load`. ValueError, before anything is written, for a
     tensor that the base does not have or has in another shape.
     """
-    found = checkpoints.read(base, **said)
+    card = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
+    return write(checkpoints.read(base, **said), out, learned, f"{card}# {out.name}\n\n{note}\n", base)
+
+
+def write(found: Checkpoint, out: Path, learned: Learned, card: str, base: Path) -> Path:
+    """Write the model folder `out`: `found`, read from `base`, with what `learned` holds in it.
+
+    Adapted weights keep the base's type; what learned whole keeps its own, or the base's bytes where nothing changed.
+    """
     found = replace(found, tensors=merged(found, learned, base))
+    found = replace(found, tensors=_published(found, f"{base} ({found.format})"))
     with beside(out) as new:
         hf.FORMAT.write(found, new)
-        card = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
-        (new / "README.md").write_text(f"{card}# {out.name}\n\n{note}\n", encoding="utf-8")
+        (new / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _published(found: Checkpoint, where: str) -> dict[str, Entry]:
+    """The tensors in the model's order, by the names that its family publishes."""
+    family, config, given = found.said.family, copy.deepcopy(found.said.config), Given(found.tensors)
+    tied = given.name(family.stored_name(HEAD)) is None and ties(config)
+    there = match(family, skeleton(family, config), given, tied, where)
+    return {family.stored_name(name): found.tensors[stored] for name, stored in there.items()}
 
 
 def merged(found: Checkpoint, learned: Learned, base: Path) -> dict[str, Entry]:
@@ -192,5 +238,7 @@ def _folded(before: Entry, adapter: Mapping[str, Entry], config: Any, path: str)
 
 def _changed(before: Entry, after: Entry) -> Entry:
     """`after`, or `before` when that holds the same values (in the type that training held them in)."""
+    if before.dtype == after.dtype:
+        return after
     value = after.read()
     return before if torch.equal(before.read().to(value.dtype), value) else after

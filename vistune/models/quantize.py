@@ -91,14 +91,14 @@ def quantized(linear: Any, weight: Tensor, kind: str, device: torch.device | str
 
 
 def lay(model: nn.Module, family: Family, kind: str, double: bool = False) -> None:
-    """Put quantised layers, without memory yet, in place of every linear layer of the language model but its head.
-
-    ValueError for another kind than 8bit and 4bit, and without bitsandbytes.
-    """
+    """Put quantised layers in place of every linear layer of the language model but its head: with its weight, or where
+    that is on the meta device without memory yet. ValueError for another kind than 8bit and 4bit, and without
+    bitsandbytes."""
     for path in linear_paths(model, family):
         parent, _, last = path.rpartition(".")
         linear: Any = model.get_submodule(path)
-        setattr(model.get_submodule(parent), last, lowbit.layer(linear, kind, double))
+        made = lowbit.layer(linear, kind, double)
+        setattr(model.get_submodule(parent), last, made if linear.weight.is_meta else made.fill(linear.weight.detach()))
 
 
 def footprint(model: nn.Module, family: Family) -> dict[str, int]:

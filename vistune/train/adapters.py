@@ -8,13 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vistune.models import merge
@@ -31,7 +27,7 @@ def inject(model: nn.Module, family: Family, lora: Lora) -> list[str]:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    config = lora_config(lora, lora_targets(model, family, lora))
+    config = merge.lora_config(lora, lora_targets(model, family, lora))
     inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.parameters()).is_meta)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -75,62 +71,3 @@ def lora_targets(model: nn.Module, family: Family, lora: Lora) -> list[str]:
     if not targets:
         raise ValueError(f"lora.targets = {lora.targets!r}: matches no linear layer of {', '.join(lora.parts)}")
     return targets
-
-
-def lora_config(lora: Lora, targets: list[str]) -> Any:
-    """The recipe's `lora` table as peft says it."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-    )
-
-
-def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Write the adapters in peft's layout, beside and then renamed: adapter_config.json, adapter_model.safetensors;
-    and what else learned (a connector, say), which peft has no place for, in a file beside."""
-    from peft import get_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    config: Any = model.peft_config["default"]  # type: ignore[index]
-    config.base_model_name_or_path = base
-    config.save_pretrained(str(beside))
-    assert any(isinstance(module, LoraLayer) for module in model.modules())
-    state = get_peft_model_state_dict(model)
-    save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, beside / "adapter_model.safetensors")
-    learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
-    if learned:
-        save_file({name: value.contiguous() for name, value in learned.items()}, beside / merge.LEARNED)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-
-
-def merge_adapters(model: nn.Module, stored: Callable[[str], Tensor]) -> None:
-    """Fold every adapter into its layer's weight and take it out, so that the model is plain again.
-
-    `stored(name)` gives a weight as the start folder holds it: training may have held it in half precision.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    config: Any = getattr(model, "peft_config", {}).get("default")
-    for path, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            layer: Any = module.get_base_layer()
-            folded = merge.fold(stored(f"{path}.weight"), _adapter(module), config, path)
-            layer.weight = nn.Parameter(folded.to(layer.weight.device))  # no longer what the start folder holds
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
-
-
-def _adapter(layer: Any) -> dict[str, Tensor]:
-    """The tensors of one layer's adapter, by the names that `merge.fold` takes."""
-    names = ("lora_A", "lora_B", "lora_magnitude_vector")
-    return {name: held["default"].weight for name in names if "default" in (held := getattr(layer, name))}

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from vistune.models import quantize
@@ -69,8 +68,8 @@ def _refuse_unquantised_products(recipe: Recipe) -> None:
     if recipe.lora.dora and recipe.lora.dropout:
         raise ValueError(
             f"lora.dora with lora.dropout = {recipe.lora.dropout} and lora.quantize = {recipe.lora.quantize}: DoRA "
-            "then multiplies by every matrix unquantised and keeps it until backward; set lora.dropout = 0, or one of the "
-            "others off"
+            "then multiplies by every matrix unquantised and keeps it until backward; set lora.dropout = 0, or one of "
+            "the others off"
         )
 
 
@@ -99,16 +98,6 @@ def _modules(model: nn.Module, family: Family, key: str) -> list[nn.Module]:
         return [layers[i] for i in chosen(rest.removeprefix("layers."), len(layers))]
     except ValueError as error:
         raise ValueError(f"learn.{key}: {error}") from None
-
-
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold frozen matrices in the compute type: half the memory, and autocast need not cast them at every step.
-
-    Vectors (norms, biases) stay as they are. What is exported of frozen parts comes from the start folder, untouched.
-    """
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1:
-            parameter.data = parameter.data.to(dtype)
 
 
 def describe(model: nn.Module, family: Family, learned: list[Learned]) -> list[tuple[str, int, int, str]]:

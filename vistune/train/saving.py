@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ class Saver:
 
     With `background` the tensors are copied before `save` returns and written by a thread; without, or when the host
     has no memory for the copy, `save` returns when they are on disk. As a context it waits for the last one.
+    `complete` is called on rank 0 with a checkpoint's folder when all tensors are in it, before it counts.
     """
 
-    def __init__(self, run: Path, keep: int, background: bool = True):
-        self.run, self.keep, self.background = run, keep, background
+    def __init__(self, run: Path, keep: int, background: bool = True, complete: Callable[[Path], None] | None = None):
+        self.run, self.keep, self.background, self.complete = run, keep, background, complete
         # Writing has collectives of its own, beside those of the steps: over the host, and in a group for themselves.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._stager: DefaultStager | None = None
@@ -49,7 +51,7 @@ class Saver:
         checkpoint before.
         """
         self.wait()
-        writer = _Writer(self.run, step, state, self.keep)
+        writer = _Writer(self.run, step, state, self.keep, self.complete)
         mine = share(tensors)
         copied = self._copy(mine) if self.background else None
         with checkpoint.disk_errors(writer.target):
@@ -140,8 +142,10 @@ def share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Writer(dcp.FileSystemWriter):
     """Writes beside; rank 0 makes the checkpoint count by a rename, when every rank's files are flushed to the disk."""
 
-    def __init__(self, run: Path, step: int, state: dict[str, Any], keep: int):
-        self.run, self.keep = run, keep
+    def __init__(
+        self, run: Path, step: int, state: dict[str, Any], keep: int, complete: Callable[[Path], None] | None = None
+    ):
+        self.run, self.keep, self.complete = run, keep, complete
         self.target = checkpoint.folder_of(run, step)
         self.beside = self.target.with_name(self.target.name + ".tmp")
         self.state = json.dumps(state)  # now: the run goes on
@@ -160,6 +164,8 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:
         """On rank 0 alone, after everybody has written; what it raises is raised on every rank."""
         super().finish(metadata, results)
+        if self.complete is not None:
+            self.complete(self.beside)
         (self.beside / "run.json").write_text(self.state, encoding="utf-8")
         _sync(self.beside)
         if checkpoint.is_whole(self.target):  # the same step once more holds the same: what stands is not touched

@@ -230,7 +230,8 @@ def train(
     """Resume or try a save, then all the steps that are left, with everybody told."""
     followed = parallel.followed(loaded.model)
     tensors = checkpoint.tensors(learned, loop.optimizer, followed)
-    saver = Saver(folder, recipe.checkpoint.keep, recipe.checkpoint.background)
+    complete = export.completing(recipe, loaded) if ranks.is_first() else None
+    saver = Saver(folder, recipe.checkpoint.keep, recipe.checkpoint.background, complete)
 
     def save(state: State) -> None:
         saved = {

@@ -23,7 +23,7 @@ class ModelFolder:
     holds = "a model folder of one of our families (config.json, safetensors, tokenizer, processor)"
 
     def recognises(self, folder: Path) -> str:
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() or (folder / "run.json").is_file():  # the latter: a run's checkpoint
             return ""
         config = read_config(folder)
         return f"config.json: model_type {config.get('model_type')}" if families_of(config) else ""
