@@ -5,6 +5,7 @@ numbers are right; or the one that was asked for.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -79,10 +80,14 @@ def _chosen(heads: Heads, wanted: str) -> Choice:
 
 
 def _fails(tried: Kernel, heads: Heads) -> str:
-    """Why the kernel's result or gradients are not what they should be, tried on a few tokens; empty when they are."""
+    """Why the kernel's result or gradients are not what they should be, tried on a few tokens; empty when they are.
+
+    In a thread of its own: the first pack may come while a layer is computed twice, which watches every operator and
+    every tensor that is kept for backward.
+    """
     try:
-        with torch.no_grad(), torch.autocast(heads.device.type, enabled=False):
-            worst = _error(tried, heads)
+        with ThreadPoolExecutor(1) as alone:
+            worst = alone.submit(_error, tried, heads).result()
     except (
         RuntimeError,
         NotImplementedError,
@@ -101,6 +106,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.bfloat16: 4e-2, torch.float16: 1e-2}.get(dtype, 5e-3)
 
 
+@torch.no_grad()
 def _error(tried: Kernel, heads: Heads) -> float:
     """The largest difference to per-sample attention in fp32, over the result and all gradients."""
     generator = torch.Generator().manual_seed(0)
