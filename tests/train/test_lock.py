@@ -58,7 +58,7 @@ def test_a_holder_on_another_machine_is_watched_for_signs_of_life(tmp_path, monk
         os.utime(tmp_path / lock.NAME)
 
     monkeypatch.setattr(time, "sleep", living)
-    with pytest.raises(ValueError, match="another run is at work there .*on far"), lock.alone(tmp_path):
+    with pytest.raises(ValueError, match=r"another run is at work there .*on far"), lock.alone(tmp_path):
         pass
 
 

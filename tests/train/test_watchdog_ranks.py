@@ -76,14 +76,14 @@ def test_a_killed_rank_ends_the_others_and_is_named(made, tmp_path, killed):
 
 def test_a_rank_that_waits_for_its_data_for_ever_is_named(made, tmp_path, monkeypatch):
     hanging(monkeypatch, rank=1, step=3)
-    both = start_ranks(made, tmp_path, world=2)
+    both = start_ranks(made, tmp_path, "parallel.timeout=6", world=2)
     wait_for_steps(tmp_path / "run", both, 2)
     codes, said, seconds = end(both, tmp_path)
     assert codes == [watchdog.CODE] * 2 and seconds < TIMEOUT
     sentences = re.findall(
         r"error: (rank 1 \(.*?\) at step 3, data, samples (.*?): standing still for .*)", "".join(said)
     )
-    assert len(sentences) == 1, said  # by whoever was first; the other one quotes it
+    assert len(sentences) == 1, said[0] + said[1]  # by whoever was first; the other one quotes it
     assert "Waiting for it: rank 0 (" in sentences[0][0] and "at step 3, forward" in sentences[0][0]
     assert sum(" ends because rank " in one for one in said) == 1
     assert set(sentences[0][1].split(", ")) == planned(made, tmp_path, step=3, rank=1)

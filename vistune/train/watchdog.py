@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import itertools
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -269,7 +270,6 @@ class Watchdog:
             if self._store is not None:
                 try:
                     told = self._tell(text, code)
-                    self._store.set(f"left/{ranks.rank()}", "1")
                     code, text = told.code, text if told.rank == ranks.rank() else told.quoted
                 except dist.DistError as error:
                     text = f"{text} ({str(error).splitlines()[0][:80]})"
@@ -277,6 +277,10 @@ class Watchdog:
                 with (self.folder / f"stacks-rank-{ranks.rank()}.txt").open("w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
             console.fail(text)
+            if self._store is not None:
+                self._leave(8 * self.pulse)
+            for worker in multiprocessing.active_children():  # the one that hangs would outlive us
+                worker.kill()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
