@@ -126,14 +126,22 @@ def plan_of(recipe: Recipe, index: Index) -> Plan:
     return plan
 
 
+BUCKETS = 8
+"""Lengths that the packs of compiled layers may have: each is a shape that kernels are chosen for."""
+
+
 def pad_to(recipe: Recipe, device: str, packs: int) -> int:
     """What the tokens of `packs` packs in one row are padded to a multiple of, on a device of this type.
 
-    The whole room makes every shape the same; 128 suits the kernels of accelerators.
+    The whole room makes every shape the same; 128 suits the kernels of accelerators. Compiled layers get few lengths:
+    multiples of an eighth of the room.
     """
+    room, least = recipe.data.length * packs, 1 if device == "cpu" else 128
     if recipe.data.pad == "length":
-        return recipe.data.length * packs
-    return 1 if device == "cpu" else 128
+        return room
+    if recipe.train.compile:
+        return -(-room // (BUCKETS * least)) * least
+    return least
 
 
 def describe_model(recipe: Recipe) -> Described:

@@ -27,6 +27,7 @@ class _Pack:
 class PackedMptAttention(MptAttention):
     """The stock attention, which inside a pack attends in each sample by itself."""
 
+    @torch.compiler.disable  # it would be compiled anew for every pack's lengths
     def forward(
         self,
         hidden_states: Tensor,

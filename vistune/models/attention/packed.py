@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vistune.models.attention import choice
 from vistune.models.attention.packs import Heads, Pack
@@ -80,6 +82,25 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
 
 
 torch.library.register_autograd("vistune::packed_attention", _differentiate, setup_context=_keep)
+
+
+_operators: Any = torch.ops.vistune
+
+
+@register_flop_formula(_operators.packed_attention, get_raw=True)
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, host: Tensor, *_: Any, **__: Any) -> int:
+    """As torch counts its own attention: whole squares, whether or not it looks back only. A fake pack counts as one
+    sample, since it has no lengths."""
+    lengths = [len(q)] if isinstance(host, FakeTensor) else host.diff().tolist()
+    return 4 * sum(length**2 for length in lengths) * q.shape[1] * q.shape[2]
+
+
+@register_flop_formula(_operators.packed_attention_backward, get_raw=True)
+def _backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, *more: Any, **_: Any
+) -> int:
+    """Twice forward's; the scores that a kernel computes again are not counted."""
+    return 2 * _forward_flops(q, k, v, *more)
 
 
 def _pack(starts: Tensor, host: Tensor, scale: float, causal: bool, window: int) -> Pack:

@@ -191,8 +191,9 @@ class RiceTransformerPretrainedModel(RicePreTrainedModel):
         rotary = angles.cos(), angles.sin()
         how = how or _one_call(self.config, lengths, hidden.device)
         hidden = self.pre_layernorm(hidden)
+        runs = [] if how else lengths  # a compiled block would be made anew for other numbers
         for block in self.blocks:
-            hidden = block(hidden, rotary, lengths, **how)
+            hidden = block(hidden, rotary, runs, **how)
         if self.config.legacy_images:
             return hidden[1 : 1 + sum(sizes)]
         return torch.cat(
