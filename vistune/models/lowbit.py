@@ -116,8 +116,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         assert not ctx.needs_input_grad[1], "the bias of a quantised layer is frozen"
-        weight = ctx.matrix(gradient.dtype, *ctx.saved_tensors)
-        return gradient @ weight, None, None, *(None for _ in ctx.saved_tensors)
+        leaves = ctx.saved_tensors  # asked for once: where activations are computed again, that is all there is
+        weight = ctx.matrix(gradient.dtype, *leaves)
+        return gradient @ weight, None, None, *(None for _ in leaves)
 
 
 class Nf4Linear(Quantized):
