@@ -76,7 +76,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--who {', '.join(unknown)}: there are {', '.join(WHO)}")
     if asked.tiny:
         asked.rounds, asked.steps, asked.warmup = 1, min(asked.steps, 2), min(asked.warmup, 1)
-    asked.rows = asked.rows or (160 if asked.tiny else 1600)
+    asked.rows = asked.rows or (64 if asked.tiny else 1600)
     return asked
 
 

@@ -1,5 +1,5 @@
-"""Everything a case needs that is not code, made on the spot: model folders without weights, tokenizers, pictures, rows;
-and weights that are drawn when they are read, on the device, from a seed and their name.
+"""What a case needs beside code, made on the spot: model folders without weights, tokenizers, pictures, rows; and
+weights that are drawn when they are read, on the device, from their name.
 
 Knows vistune's door to checkpoints, which is given such weights; nothing of steps.
 """
@@ -37,7 +37,7 @@ CLIP_COLOURS = {
 def make_data(folder: Path, rows: int, tiny: bool) -> made_mix665k.Made:
     """Conversations in mix665k's shape with their pictures and a Llama-like tokenizer; captions in a file beside; the
     same text's byte-level tokenizer. Files that are there already stay."""
-    sizes = {"pictures": 12, "pieces": 700, "words": 1500} if tiny else {"pictures": 256, "pieces": 8000}
+    sizes = {"pictures": 6, "pieces": 700, "words": 1500} if tiny else {"pictures": 256, "pieces": 8000}
     made = made_mix665k.make(folder, rows, **sizes)
     captions = folder / "captions.json"
     if not captions.is_file():

@@ -1,4 +1,4 @@
-"""One case run by vistune: its real stage, with weights that are drawn when they are read and a listener beside the loop.
+"""One case run by vistune: its real stage, with weights that are drawn when read and a listener beside the loop.
 
 Nothing is saved: checkpoints and the model folder are the only things left out of the run.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +140,8 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
         assert hasattr(stage, name), name
         setattr(stage, name, calm)
     timer = Timer(job["warmup"], job["seconds"], job.get("profile", False))
-    with attached(timer):
-        try:
-            stage.run(recipe)
-        except Enough:
-            pass
+    with attached(timer), suppress(Enough):
+        stage.run(recipe)
     rows = metrics.read(recipe.run)
     found = {
         "losses": [row["loss"] for row in rows],

@@ -107,11 +107,8 @@ def markdown(result: Row) -> str:
         if not case.padded and any(one["case"] == case.name for one in found)
     ]
     lines += ["", *_losses(found), *_profile(result.get("profile"))]
-    if result["dropped"]:
-        lines += [
-            "",
-            "Dropped for time: " + ", ".join(f"{d['case']} {d['who']} round {d['round']}" for d in result["dropped"]),
-        ]
+    if dropped := [f"{one['case']} {one['who']} round {one['round']}" for one in result["dropped"]]:
+        lines += ["", f"Dropped for time: {', '.join(dropped)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -187,6 +184,7 @@ def _profile(told: Row | None) -> list[str]:
         "|---|---|---|---|---|",
     ]
     return lines + [
-        f"|`{one['name'].replace('|', '/')}`|{one['kind']}|{one['calls']}|{one['seconds']:.4f}|{one['seconds'] / busy:.1%}|"
+        f"|`{one['name'].replace('|', '/')}`|{one['kind']}|{one['calls']}|{one['seconds']:.4f}"
+        f"|{one['seconds'] / busy:.1%}|"
         for one in told["kernels"]
     ]

@@ -25,7 +25,7 @@ _PATTERNS = (
     (
         "norms and elementwise",
         r"mul|add|sub|div|neg|pow|rsqrt|sqrt|mean|sum|norm|silu|gelu|sigmoid|relu|exp|softmax|where|triton|elementwise"
-        r"|reduce|vectorized|dropout|bernoulli|uniform|normal|cos|sin|max|min|isfinite|eq|ne|lt|gt|abs",
+        r"|reduce|vectorized|dropout|bernoulli|uniform|normal|cos|sin|max|min|isfinite|abs|\b(?:eq|ne|lt|le|gt|ge|any|all)\b",
     ),
 )
 _COMPILED = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS]

@@ -1,5 +1,5 @@
-"""One case run by Hugging Face's own stack: the stock class, padded batches as its Trainer makes them, its own loss over
-every row, AdamW fused. The batches are made beforehand, so reading and decoding cost it nothing.
+"""One case run by Hugging Face's own stack: the stock class, padded batches as its Trainer makes them, its own loss
+over every row, AdamW fused. The batches are made beforehand, so reading and decoding cost it nothing.
 
 Weights and samples are those of vistune's run; the tokens too, which is checked elsewhere (`train_step.py`).
 """
