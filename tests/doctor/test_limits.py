@@ -81,7 +81,8 @@ def test_control_groups_of_both_versions(tmp_path: Path):
     for place, name, text in (
         ("slice", "pids.max", "100"), ("slice", "pids.current", "60"), ("slice/job", "pids.max", "max"),
         ("slice/job", "pids.current", "4"), ("pids/job", "pids.max", "90"), ("pids/job", "pids.current", "80"),
-        ("slice/job", "cpu.max", "150000 100000"), ("cpu/job", "cpu.cfs_quota_us", "-1"), ("cpu/job", "cpu.cfs_period_us", "100000"),
+        ("slice/job", "cpu.max", "150000 100000"), ("cpu/job", "cpu.cfs_quota_us", "-1"),
+        ("cpu/job", "cpu.cfs_period_us", "100000"),
     ):  # fmt: skip
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / place / name).write_text(text + "\n")
