@@ -3,6 +3,7 @@ nothing is read on the host in a step, and what ends a run says why."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,6 +221,38 @@ def test_a_step_reads_nothing_on_the_host(tmp_path, dtype, name, monkeypatch):
         assert float(torch.ones(())) == 1  # the test sees such a read
     assert reads.met == ["aten._local_scalar_dense.default"]
     assert len(list(made.rows(1))) == 1 and len(list(made.rows())) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_step_on_a_gpu_does_not_wait_and_equals_the_cpus(tmp_path, name, monkeypatch):
+    """Four steps asked for while every wait of the host is an error; rows, weights and clocks after it."""
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr("vistune.train.moments.SMALL", 64)
+    host, rows, _ = a_loop(tmp_path / "a", Model(), optimizer={"name": name}, steps=4)
+    host.run(iter(all_batches(0, 4, 3)))
+    there, later, _ = a_loop(tmp_path / "b", Model().cuda(), optimizer={"name": name}, steps=4)
+    there.device, there.late = torch.device("cuda", 0), 4
+    stop = loop.Stop()
+    stop.release()
+    batches = [[pinned(batch) for batch in step] for step in all_batches(0, 4, 3)]
+    there.step(batches[0], stop)  # kernels are loaded, which waits
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in batches[1:]:
+            there.step(step, stop)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    later.extend(there.rows())
+    assert [row["loss"] for row in later] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert all(row["ms"] > 0 for row in later)
+    for one, other in zip(host.module.parameters(), there.module.parameters(), strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-4)
+
+
+def pinned(batch: Batch) -> Batch:
+    return replace(batch, **{k: v.pin_memory() for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
 
 
 def test_micro_batches_without_targets_run_where_weights_are_sharded(tmp_path, monkeypatch):

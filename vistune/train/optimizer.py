@@ -43,16 +43,13 @@ def warmup_steps(settings: Settings, steps: int) -> int:
 
 @dataclass
 class Held:
-    """What this rank holds of one learned parameter: its moments, and its master where there is one."""
+    """What this rank holds of one learned parameter: the weight, its moments, and its master where there is one."""
 
     one: Learned
+    weight: Tensor
     first: Whole | Blocks
     second: Whole | Blocks
     master: Tensor | None
-
-    @property
-    def weight(self) -> Tensor:
-        return parallel.local(self.one.parameter)
 
     @property
     def decays(self) -> bool:
@@ -116,8 +113,13 @@ class Optimizer:
         if weight.dtype != torch.float32 and self.rounding_seed is None:
             master = masters[one.name] if one.name in masters else weight.float()
         if self.settings.name == "adamw8bit" and moments.eight(one.parameter):
-            return Held(one, Blocks(weight, signed=True), Blocks(weight, signed=False), master)
-        return Held(one, Whole(weight), Whole(weight), master)
+            return Held(one, weight, Blocks(weight, signed=True), Blocks(weight, signed=False), master)
+        return Held(one, weight, Whole(weight), Whole(weight), master)
+
+    def _hold_again(self) -> None:
+        """Sharding may move what a rank holds to another place, as it does before the first forward."""
+        for held in self.held:
+            held.weight = parallel.local(held.one.parameter)
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -141,6 +143,7 @@ class Optimizer:
         divisor = None if divisor is None else divisor.to(self.device)
         skip = None if skip is None else skip.to(self.device)
         self.count.add_(1 if skip is None else 1 - skip)
+        self._hold_again()
         for pieces in self._together():
             self._update(pieces, step, divisor, skip)
 
@@ -202,6 +205,7 @@ class Optimizer:
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters into the weights, after they were loaded."""
+        self._hold_again()
         for held in self.held:
             if held.master is not None:
                 held.weight.copy_(held.master)
