@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "preflight": (7, ("preflight",)),
     "doctor": (7, ("doctor",)),
     "report": (7, ("report",)),
-    "cli": (8, ("cli", "cli_data", "cli_models", "__main__")),
+    "cli": (8, ("cli", "cli_data", "cli_models", "cli_preflight", "__main__")),
 }
 
 LATE: dict[str, str] = {
@@ -62,7 +62,7 @@ LATE: dict[str, str] = {
     "torch.nn.attention.varlen": "not on every device and build",
 }
 LATE_FILES = dict.fromkeys(
-    ("__main__.py", "cli.py", "cli_data.py", "cli_models.py"),
+    ("__main__.py", "cli.py", "cli_data.py", "cli_models.py", "cli_preflight.py"),
     "a verb imports its room when it is asked for, so that --help answers at once",
 )
 
@@ -241,7 +241,7 @@ TEXTS = [
     if path.is_file() and (path.suffix in (".py", ".md", ".toml", ".sh", ".yaml") or not path.suffix)
     if "golden" not in path.parts and path.name != "LICENSE" and not path.name.startswith(".git")
 ]
-PLACES = re.compile(r"(?<![\w.~>)}\"])/(?:home|root|work|mnt|opt|tmp)/\w|\bissues? #?\d+\b|\bfile:///", re.IGNORECASE)
+PLACES = re.compile(r"(?<![\w.~>)}\"])/(?:home|root|work|mnt|opt(?!/rocm|/dtk|/hpc)|tmp)/\w|\bissues? #?\d+\b|\bfile:///", re.IGNORECASE)
 """Absolute paths of somebody's machine, and numbers of somebody's list of things to do."""
 
 

@@ -86,6 +86,19 @@ def chat(
     generate.converse(loaded, list(image or []), ask, settings)
 
 
+@app.command()
+def doctor(
+    run_folder: Annotated[Path, typer.Argument(help="Where runs are to be written.")] = Path("runs"),
+    timeout: Annotated[float, typer.Option(help="Seconds that one import may take; 0: as it sees fit.")] = 0.0,
+    json: cli_models.Json = False,
+) -> None:
+    """Find out whether this machine can train, and what to change. Runs on Python alone, where nothing else imports.
+    Under torchrun: also whether the ranks reach each other."""
+    from vistune.doctor import imports, run
+
+    raise typer.Exit(run.examine(run_folder, json=json, timeout=timeout or imports.TIMEOUT))
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
