@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_the_machine_that_runs_the_tests_can_train(tmp_path: Path):
     command = [sys.executable, "-m", "vistune", "doctor", str(tmp_path / "runs"), "--json"]
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -32,3 +35,9 @@ def test_the_machine_that_runs_the_tests_can_train(tmp_path: Path):
         "open files",
     } <= titles
     assert "right" in next(one["found"] for one in said["findings"] if one["title"] == "attention")
+
+
+def test_groups_that_import_nothing_are_quick(tmp_path: Path):
+    command = [sys.executable, "-m", "vistune", "doctor", str(tmp_path), "--only", "storage", "--only", "processes"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and "This machine can train: 0 problem(s)" in done.stdout and not done.stderr

@@ -32,7 +32,7 @@ def pip_name(module: str) -> str:
 def explain(module: str, trial: Trial, places: Iterable[Path] | None = None) -> tuple[str, str]:
     """What is wrong with an import that failed, and the one-line cure."""
     if trial.hung:
-        return f"did not finish importing within {trial.seconds:.0f} s", _hang(module)
+        return f"did not finish importing within {trial.seconds:.0f} s{_frame(trial)}", _hang(module)
     errors = trial.facts.get("errors", [])
     text = "\n".join([*errors, trial.stderr])
     said = errors[-1] if errors else trial.last_line
@@ -58,13 +58,18 @@ def _hang(module: str) -> str:
 
 
 def _killed(module: str, trial: Trial) -> tuple[str, str]:
-    frame = re.search(r'File "([^"]+)", line (\d+) in (\S+)', trial.stderr)
-    where = f", last in {frame.group(1)}:{frame.group(2)}" if frame else ""
+    where = _frame(trial)
     if trial.killer == "SIGKILL":
         return f"was killed while importing{where}", "most likely out of memory: see `dmesg`, give it more"
     if trial.killer == "SIGILL":
         return f"met an unknown instruction while importing{where}", _without(module, "built for a newer processor")
     return f"crashed while importing ({trial.killer}){where}", _without(module, "its build does not fit")
+
+
+def _frame(trial: Trial) -> str:
+    """Where it was, of what faulthandler printed, innermost first."""
+    frame = re.search(r'File "([^<"][^"]*)", line (\d+) in', trial.stderr)
+    return f", last in {frame.group(1)}:{frame.group(2)}" if frame else ""
 
 
 def _without(module: str, why: str) -> str:

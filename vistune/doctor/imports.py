@@ -1,13 +1,11 @@
-"""What imports and what does not: each package in a process of its own, several at a time."""
+"""What imports and what does not, tried in another process: one for all where all is well, a new one after a fault."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
-from vistune import limits
 from vistune.doctor.causes import explain, pip_name
 from vistune.doctor.findings import Finding, ok, problem, warning
 from vistune.doctor.trial import Trial, probe
@@ -31,7 +29,7 @@ NEEDED = (
     "jinja2",
     "yaml",
 )
-"""Slow ones first."""
+"""Deep ones first: what they load, the others find loaded, as in every run."""
 TRIED = ("torchvision", "torchaudio", "flash_attn", "bitsandbytes", "triton", "xformers", "deepspeed", "apex", "timm")
 """What others import where it is there, so that a broken one does harm."""
 TIMEOUT = 90.0
@@ -51,11 +49,22 @@ def is_there(name: str) -> bool:
 
 
 def try_all(names: Iterable[str], timeout: float = TIMEOUT) -> dict[str, Trial]:
-    """Import each in its own process."""
-    listed = list(names)
-    at_once = max(1, min(4, limits.cores(), limits.most_workers(limits.room().free) or 4))
-    with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(listed, pool.map(lambda name: probe("importing", name, timeout=timeout), listed), strict=True))
+    """Import them one after the other in one process, and what comes after one that fails in the next process."""
+    left, trials = list(names), {}
+    while left:
+        trial = probe("importing", str(timeout), *left, timeout=timeout * len(left) + 30)
+        trials |= {name: one for name, one in read(trial, timeout).items() if name in left} or {left[0]: trial}
+        left = [name for name in left if name not in trials]
+    return trials
+
+
+def read(trial: Trial, timeout: float) -> dict[str, Trial]:
+    """The trial of each module that a process got to, as if it had been alone in it."""
+    each = {name: Trial(0, facts, trial.stderr) for name, facts in trial.facts.get("done", {}).items()}
+    last = trial.facts.get("underway")
+    if last and last not in each:
+        each[last] = Trial(None if "Timeout (" in trial.stderr else trial.code, {}, trial.stderr, timeout)
+    return each
 
 
 def findings(trials: Mapping[str, Trial], folder: str = "") -> list[Finding]:
