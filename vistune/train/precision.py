@@ -53,10 +53,14 @@ def lay(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
 
 
 def autocast(precision: str, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Autocast for mixed precision; nothing for fp32 and for weights that are half precision themselves."""
+    """Autocast for mixed precision; nothing for fp32 and for weights that are half precision themselves.
+
+    Casts of weights are not kept for a second use, of which there is none: beside activations that are computed again
+    they would be the whole model in half precision once more, at the end of forward.
+    """
     if dtype == torch.float32 or precision in HALF_WEIGHTS:
         return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def allow_tf32(wanted: bool, device: torch.device) -> None:
