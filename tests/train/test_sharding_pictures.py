@@ -17,15 +17,15 @@ PLACEHOLDER = 1000
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Of every ten rows one has a picture; of two in a step the one with a picture costs more, and goes to rank 0."""
+    """Of eight rows one has a picture; of two in a step the one with a picture costs more, and goes to rank 0."""
     path = made_data(tmp_path_factory.mktemp("few"), rows=2 * STEPS)
     rows = json.loads(path.read_text())
     for number, row in enumerate(rows):
         row["conversations"] = row["conversations"][:2]
         if number % 8:
             row.pop("image", None)
-            turn = row["conversations"][0]
-            turn["value"] = turn["value"].replace("<image>\n", "")
+            asked, answer = row["conversations"]
+            asked["value"], answer["value"] = "red or green?", answer["value"][:20]
     path.write_text(json.dumps(rows))
     return path
 
