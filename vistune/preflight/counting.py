@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from vistune.data.batch import Batch
-from vistune.models import attention, lowbit
+from vistune.models import lowbit
 from vistune.models.fit import skeleton
-from vistune.preflight.pretend import CUDA, Ledger, pretended, rounded
 from vistune.preflight.presets import Subject
+from vistune.preflight.pretend import CUDA, Ledger, pretended, rounded
 from vistune.recipe import Recipe
 from vistune.train import learn, precision, recompute
 from vistune.train.learn import Learned
@@ -122,7 +122,9 @@ def moments(subject: Subject, recipe: Recipe, micro: Micro, spread: Spread, *, f
     few = _run(subject, recipe, micro, spread, FEW, seen)
     more = _run(subject, recipe, micro, spread, FEW + 1, seen)
     found = few.line(more, language - FEW)
-    if vision <= FEW + 1 or micro.pixels is None:
+    learning = any(key.split(".")[0] == "vision" for key in recipe.learn.root)
+    gathered = spread.shards > 1 and not spread.zero3
+    if vision <= FEW + 1 or micro.pixels is None or not (learning or gathered):  # layers that hold nothing
         return found
     deeper = few.line(_run(subject, recipe, micro, spread, FEW, FEW + 1), vision - FEW)
     return found.add(deeper, few)
@@ -152,7 +154,7 @@ def shallow(config: Any, language: int, vision: int) -> Any:
 
 def outline(subject: Subject, recipe: Recipe, config: Any | None = None) -> tuple[Any, list[Learned]]:
     """The model without memory, in the types that training holds it in, and what of it learns."""
-    with _no_library():
+    with no_library():
         model = skeleton(subject.family, subject.config if config is None else config)
         with torch.device("meta"):
             learned = learn.apply(model, subject.family, recipe)
@@ -169,21 +171,19 @@ def _run(subject: Subject, recipe: Recipe, micro: Micro, spread: Spread, languag
     model, learned = outline(subject, recipe, shallow(subject.config, language, vision))
     recompute.wrap(model, subject.family, recipe.train)
     names = [one.name for one in learned]
-    with pretended() as ledger, _no_library():
+    with pretended() as ledger, no_library():
         with ledger.doing(WEIGHTS):
             shards = cut_all(model, spread)
             place(model, gathered=compute(recipe) if spread.shards > 1 else None)
-        attention.use(getattr(model, "model", model) if subject.family.name != "onevision15" else model)
         step = StepModule(model, subject.family, subject.layout, compute(recipe)).train()
         watched = _Watched(ledger, subject, model, names, spread, shards)
-        for turn in range(2 if spread.accumulates else 1):
-            watched.turn(turn)
-            with ledger.doing(LOSS):
-                batch = micro.batch()
-            with precision.autocast(recipe.train.precision, compute(recipe), CUDA):
-                loss = step(batch)
-            watched.backward(loss)
-            del loss, batch
+        watched.forward()
+        with ledger.doing(LOSS):
+            batch = micro.batch()
+        with precision.autocast(recipe.train.precision, compute(recipe), CUDA):
+            loss = step(batch)
+        watched.backward(loss)
+        del loss, batch
         found = watched.found
         del step, model, watched
     return found
@@ -223,7 +223,7 @@ class _Watched:
         self.ledger, self.spread, self.found = ledger, spread, Moments()
         self.ground = ledger.now.copy()
         ledger.again()
-        self.moment, self.repeat = "forward", 0
+        self.moment = "forward"
         parameters = dict(model.named_parameters())
         self.shards = {id(parameters[name]): shards[name] for name in learned}
         family = subject.family
@@ -249,11 +249,23 @@ class _Watched:
             for name in learned:
                 parameters[name].register_post_accumulate_grad_hook(self._whole)
 
-    def turn(self, number: int) -> None:
-        self._next("forward" if number == 0 else "forward again")
-        self.repeat = number
+    def forward(self) -> None:
+        """Of the second micro-batch where there is one: the gradients of the first are there."""
+        if self.spread.accumulates:
+            for unit in [*self.units, self.root]:
+                self._accumulated(unit)
         if self.spread.shards > 1:
             self._take(self.root)
+
+    def _accumulated(self, unit: _Unit) -> None:
+        learned = [one for one in unit.parameters if id(one) in self.shards]
+        unit.reduced = True
+        if self.spread.shards > 1:
+            self.ledger.add(GRADIENTS, sum(self.shards[id(one)] for one in learned))
+            return
+        with self.ledger.doing(GRADIENTS):
+            for one in learned:
+                one.grad = torch.empty_like(one)
 
     def backward(self, loss: Tensor) -> None:
         self._next("backward: loss")
@@ -335,10 +347,9 @@ class _Watched:
         """The moment before is over: keep its most, unless it came before with more."""
         held = self.ledger.at_peak.copy()
         held.subtract(self.ground)
-        key = self.moment if self.repeat == 0 or " again" in self.moment else f"{self.moment} again"
-        before = self.found.most.get(key)
+        before = self.found.most.get(self.moment)
         if before is None or held.total() > before.total():
-            self.found.most[key] = Counter({label: size for label, size in held.items() if size})
+            self.found.most[self.moment] = Counter({label: size for label, size in held.items() if size})
         self.moment = moment
         self.ledger.again()
 
@@ -357,7 +368,7 @@ class _Unit:
 
 
 @contextmanager
-def _no_library() -> Iterator[None]:
+def no_library() -> Iterator[None]:
     """Quantised layers are laid and turned back without bitsandbytes: only sizes matter."""
     functional = SimpleNamespace(
         get_4bit_type=lambda *_, **__: torch.zeros(16),

@@ -23,8 +23,8 @@ from vistune.preflight.counting import (
     Spread,
     held_bytes,
 )
-from vistune.preflight.pretend import rounded
 from vistune.preflight.presets import Subject
+from vistune.preflight.pretend import rounded
 from vistune.preflight.sizes import GB, GIB
 from vistune.recipe import Recipe
 from vistune.train import moments, optimizer
@@ -152,4 +152,3 @@ def update_room(subject: Subject, recipe: Recipe, spread: Spread) -> Bytes:
     named = dict(model.named_parameters())
     values = sum(counting.cut(named[one.name].shape, spread.shards) for one in learned)
     return Counter({ROOM: 4 * copies * min(values, optimizer.PIECE) * spread.held})
-

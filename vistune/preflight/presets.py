@@ -154,8 +154,8 @@ def named(start: str) -> str | None:
 def find(
     start: str, *, template: str | None = None, image: str | None = None, options: dict[str, Any] | None = None
 ) -> Subject:
-    """The model that a run would start from: a whole folder, one with config.json alone, a hub id in the local cache, or
-    a preset by the folder's name. No weight is read. ValueError when it is none of them."""
+    """The model that a run would start from: a whole folder, one with config.json alone, a hub id in the local cache,
+    or a preset by the folder's name. No weight is read. ValueError when it is none of them."""
     if start in PRESETS:
         return preset(start)
     folder = Path(start)

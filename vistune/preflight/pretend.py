@@ -25,7 +25,7 @@ assert _attention
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 GRAIN = 512
-"""CUDA's caching allocator gives memory in multiples of so many bytes (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+"""CUDA's caching allocator gives memory in multiples of so many bytes (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
 
 
 class Ledger:
@@ -100,6 +100,10 @@ class Pretended(FakeTensorMode):
     Towards C++ such a tensor lies on the meta device, which every build has: autograd needs the device's guard, which
     a build without CUDA lacks. Towards Python it lies on cuda:0, and autocast treats it so.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under it, and to be wrapped against that takes a third of the time
 
     def __init__(self, ledger: Ledger):
         super().__init__(allow_non_fake_inputs=True)

@@ -67,7 +67,7 @@ def look(subject: Subject, recipe: Recipe, gpus: int, instead: Instead) -> Run:
 
 
 def _there(path: str) -> bool:
-    return files.is_remote(path) or Path(path).exists()
+    return files.is_remote(path) or files.exists(path)
 
 
 # -- with data
@@ -80,8 +80,10 @@ def planned(subject: Subject, recipe: Recipe, gpus: int, plan: Plan) -> Run:
     turns = [plan.micro_batches(k, rank, gpus, room) for k in steps for rank in range(min(gpus, 8))]
     micros = [micro for turn in turns for micro in turn if micro]
     seen = [_micro(subject.layout, recipe, plan, micro) for micro in micros]
-    flops = [sum(_flops(subject, recipe, _micro(subject.layout, recipe, plan, [pack])) for pack in plan.step(k))
-             for k in steps[:: max(1, len(steps) // 8)]]
+    flops = [
+        sum(_flops(subject, recipe, _micro(subject.layout, recipe, plan, [pack])) for pack in plan.step(k))
+        for k in steps[:: max(1, len(steps) // 8)]
+    ]
     return Run(
         facts=plan.describe() | {"epochs": plan.steps / plan.steps_per_epoch, "steps_looked_at": len(steps)},
         worst=_worst(seen),
@@ -117,18 +119,15 @@ def assumed(subject: Subject, recipe: Recipe, gpus: int, instead: Instead, why: 
     """A run whose packs are full and hold as many pictures as would fit with a few words to each."""
     length = instead.length or recipe.data.length
     each = typical_tokens(subject.layout, length)
-    most = max(1, length // (each + TEXT))
+    most = max(1, length // (each + TEXT)) if recipe.data.pack else 1
     limit = recipe.data.images_per_pack or most
     images = instead.images if instead.images >= 0 else min(most, limit)
     packs = _packs_a_micro(recipe)
-    one = Micro(lengths=(), supervised=0)
-    row: list[int] = []
-    pictures: list[int] = []
-    for _ in range(packs):
-        row += _samples(length, images, each)
-        pictures += [each] * images
+    row, pictures = _samples(length, images, each) * packs, [each] * images * packs
     one = micro(subject.layout, recipe, row, max(0, sum(row) - sum(pictures)) // 2, pictures)
-    packs_a_step = recipe.train.batch if recipe.train.unit == "packs" or not recipe.data.pack else _packs(recipe, images)
+    packs_a_step = (
+        recipe.train.batch if recipe.train.unit == "packs" or not recipe.data.pack else _packs(recipe, images)
+    )
     turns = max(1, math.ceil(packs_a_step / (packs * gpus)))
     facts: dict[str, Any] = {
         "tokens_per_pack": length,
@@ -201,7 +200,9 @@ def _pictures(layout: Layout, tokens: Sequence[int]) -> tuple[tuple[tuple[int, i
 
 def _size_of(layout: AnyresLayout, tokens: int) -> tuple[int, int]:
     """A picture's width and height that give so many tokens, or nearly."""
-    sizes = [(wide, round(wide * share)) for wide in (336, 672, 1008) for share in (1.0, 0.75, 0.5, 1.33, 2.0, 0.6, 1.6)]
+    sizes = [
+        (wide, round(wide * share)) for wide in (336, 672, 1008) for share in (1.0, 0.75, 0.5, 1.33, 2.0, 0.6, 1.6)
+    ]
     return min(sizes, key=lambda size: abs(layout.tokens(*size) - tokens))
 
 
