@@ -14,8 +14,9 @@ import torch
 
 from vistune import __version__, console, ranks
 from vistune.data.index import Index
+from vistune.models import attention
 from vistune.recipe import Recipe, dump
-from vistune.train import checkpoint
+from vistune.train import checkpoint, parallel
 from vistune.train.loop import Loop, mean_last
 
 
@@ -37,6 +38,7 @@ def summarize(folder: Path, rows: list[dict[str, Any]], loop: Loop) -> dict[str,
         "run": str(folder),
         "model": str(folder / "model"),
         "steps": loop.state.step,
+        "world": ranks.world(),
         "first_loss": rows[0]["loss"],
         "last_loss": mean_last(rows),
         "losses": [row["loss"] for row in rows],
@@ -69,6 +71,7 @@ def write_environment(folder: Path, recipe: Recipe, index: Index, loop: Loop) ->
         return
     names = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pillow", "pyarrow")
     device = torch.cuda.get_device_name(loop.device) if loop.device.type == "cuda" else platform.processor() or "cpu"
+    config: Any = loop.module.model.config
     facts = {
         "vistune": __version__,
         "commit": _commit(),
@@ -78,7 +81,11 @@ def write_environment(folder: Path, recipe: Recipe, index: Index, loop: Loop) ->
         "device": device,
         "threads": torch.get_num_threads(),
         "world": ranks.world(),
+        "shards": ranks.world() // recipe.parallel.replicas if parallel.sharded(recipe) else 1,
+        "parallel": recipe.parallel.model_dump(mode="json"),
         "precision": str(loop.dtype).removeprefix("torch."),
+        "compile": recipe.train.compile,
+        "attention": attention.settled(config, loop.device, loop.dtype),
         "peak_flops": loop.peak,
         "data_index": index.hash,
     }
