@@ -5,13 +5,16 @@ sharded, in this order), and what the loop asks of gradients that may lie in sha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from vistune import console, ranks
+from vistune.models import attention
 from vistune.models.families import Family
 from vistune.recipe import Recipe
 from vistune.train import compiling, recompute, sharding
@@ -37,6 +40,8 @@ def prepare(
             f"parallel.shard = {said.shard}: one rank, nothing is sharded{' or offloaded' if said.offload else ''}; "
             f"steps are the same {recipe.train.batch} {recipe.train.unit}, by accumulation"
         )
+    config: Any = model.config
+    attention.settle(recipe.train.attention, config, device or torch.device("cpu"), module.dtype)
     recompute.wrap(model, family, recipe.train)
     compiling.wrap(model, family, recipe)
     if sharded(recipe):
@@ -56,13 +61,15 @@ def local(tensor: Tensor) -> Tensor:
     return held.to_local()
 
 
-def spread(held: Tensor, like: Tensor) -> Tensor:
-    """The tensor laid out over the ranks as `like` is, of which this rank holds `held`; no copy."""
+def spread(held: Tensor, like: Tensor, columns: int | None = None) -> Tensor:
+    """The tensor laid out over the ranks as `like` is, of which this rank holds `held`; no copy. With `columns` it has
+    as many to each row of `like`."""
     if not isinstance(like, DTensor):
         return held
-    return DTensor.from_local(
-        held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    shape, stride = (like.shape, like.stride()) if columns is None else ((like.shape[0], columns), (columns, 1))
+    said = TensorMeta(torch.Size(shape), stride, held.dtype)
+    # Not DTensor.from_local: it would copy what is offloaded to the host onto the mesh's kind of device.
+    return DTensor(held, DTensorSpec(like.device_mesh, like.placements, said), requires_grad=False)
 
 
 def loss_factor() -> float:

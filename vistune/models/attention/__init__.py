@@ -33,6 +33,7 @@ __all__ = [
     "prefer",
     "segments",
     "settle",
+    "settled",
     "use",
 ]
 
@@ -63,6 +64,11 @@ def settle(kernel: str, config: Any, device: torch.device, dtype: torch.dtype) -
     Returns its name for each part that attends in packs. ValueError when it was asked for by name and does not run.
     """
     prefer(kernel)
+    return settled(config, device, dtype)
+
+
+def settled(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The kernel's name for each part of the model that attends in packs, as it is asked for now."""
     dtype = torch.float32 if device.type == "cpu" else dtype
     return {part: chosen(heads).name for part, heads in heads_of(config, device, dtype).items()}
 
