@@ -95,6 +95,7 @@ class Bench:
         self.made = gpu_made.make_data(self.work / "data", asked.rows, asked.tiny)
         self.cost: dict[tuple[str, str], float] = {}
         self.levels: dict[tuple[str, str], str] = {}
+        self.predictions: dict[str, Path] = {}
         self.result: dict[str, Any] = {"tiny": asked.tiny, "minutes": asked.minutes, "words": asked.word, "rows": []}
         self.result |= {"steps": asked.steps, "warmup": asked.warmup, "dropped": []}
 
@@ -126,7 +127,7 @@ class Bench:
             level = self.levels.get((name, who))
             measuring = min(20.0, max(3.0, seconds - 25.0))
             found = self.run(name, who, seconds=measuring, limit=limit - (time.monotonic() - began))
-            higher = self._higher(who, level, found)
+            higher = self._higher(name, who, level, found)
             if higher is None:
                 break
             print(f"{name} {who}: {found['failed'][:100]}; again with checkpointing = {higher}", flush=True)
@@ -134,14 +135,18 @@ class Bench:
         self.cost[name, who] = time.monotonic() - began
         row = {"case": name, "who": who, "round": turn + 1, "seconds_in_all": self.cost[name, who], **found}
         self.result["rows"].append(row)
+        if turn == 0 and who == "vistune" and "recipe" in row:
+            self.predictions[name] = self.pool.behind({**self.job(name, "preflight", 0.0), "recipe": row["recipe"]})
         self.write()
         print(gpu_table.line(row), flush=True)
 
-    def _higher(self, who: str, level: str | None, found: dict[str, Any]) -> str | None:
+    def _higher(self, name: str, who: str, level: str | None, found: dict[str, Any]) -> str | None:
+        """How much to compute twice after this result; None: as it is."""
         if not found.get("failed", "").startswith("out of memory"):
             return None
         levels = LEVELS[who]
-        at = levels.index(level) if level in levels else levels.index(found.get("checkpointing", "none"))
+        said = level or gpu_cases.named(name, self.asked.tiny).recipe["train"].get("checkpointing", "none")
+        at = levels.index(said) if said in levels else 0
         return levels[at + 1] if at + 1 < len(levels) else None
 
     def run(self, name: str, who: str, *, seconds: float, limit: float, **more: Any) -> dict[str, Any]:
@@ -195,6 +200,9 @@ class Bench:
 
     def write(self) -> None:
         """JSON and the table, beside and then renamed."""
+        self.result["preflight"] = {
+            name: json.loads(path.read_text()) for name, path in self.predictions.items() if path.is_file()
+        }
         devices = [row["device"] for row in self.result["rows"] if "device" in row]
         self.result["device"] = devices[0] if devices else "none"
         out = self.asked.out or HERE / "results" / f"{_slug(self.result['device'], self.asked.tiny)}.json"
@@ -206,7 +214,8 @@ class Bench:
             beside.replace(path)
 
     def close(self) -> None:
-        self.pool.close()
+        """What preflight counts beside the steps may take a little longer than they do."""
+        self.pool.close(min(20.0, max(0.0, self.deadline - time.monotonic())))
         self.write()
 
 
@@ -219,6 +228,7 @@ class Pool:
 
     def __init__(self, work: Path):
         self.work, self.count = work, 0
+        self.waited_for: list[Any] = []
 
     def run(self, job: dict[str, Any], name: str, limit: float) -> dict[str, Any]:
         """The job's result, or {"failed": why} of one that died or took more than `limit` seconds."""
@@ -236,19 +246,45 @@ class Pool:
         """Run it to its end; its exit code, None if it had to be killed."""
         raise NotImplementedError
 
-    def close(self) -> None: ...
+    def behind(self, job: dict[str, Any]) -> Path:
+        """Where the result of a job that needs no GPU will be; it runs beside the others."""
+        self.count += 1
+        out = self.work / f"behind-{self.count}.json"
+        self.waited_for.append(self.begin(job, out, self.work / f"{self.count:02d}-{job['case']}_{job['who']}.log"))
+        return out
+
+    def begin(self, job: dict[str, Any], out: Path, log: Path) -> Any:
+        """Start such a job; its process."""
+        raise NotImplementedError
+
+    def close(self, seconds: float) -> None:
+        """Wait so long for what runs beside, then end it."""
+        until = time.monotonic() + seconds
+        for process in self.waited_for:
+            while time.monotonic() < until and _runs(process):
+                time.sleep(0.1)
+            if _runs(process):
+                process.kill()
+
+
+def _runs(process: Any) -> bool:
+    """Of either kind of process."""
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
 
 
 class Forks(Pool):
     """Processes forked from this one, which has imported everything. Not where a GPU was touched."""
 
-    def start(self, job: dict[str, Any], out: Path, log: Path, limit: float) -> int | None:
+    def begin(self, job: dict[str, Any], out: Path, log: Path) -> Any:
         import gpu_job
 
-        process = multiprocessing.get_context("fork").Process(
-            target=gpu_job.work_in_fork, args=(job, str(out), str(log))
-        )
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=gpu_job.work_in_fork, args=(job, str(out), str(log)))
         process.start()
+        return process
+
+    def start(self, job: dict[str, Any], out: Path, log: Path, limit: float) -> int | None:
+        process = self.begin(job, out, log)
         process.join(limit)
         if process.exitcode is None:
             process.kill()
@@ -266,25 +302,25 @@ class Spares(Pool):
 
     def _new(self) -> tuple[subprocess.Popen[str], Path]:
         log = self.work / f"spare-{self.count}.log"
+        return self._process(log), log
+
+    def _process(self, log: Path, **more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(HERE / "gpu_job.py")]
         with log.open("w") as words:
-            process = subprocess.Popen(
-                [sys.executable, str(HERE / "gpu_job.py")],
-                stdin=subprocess.PIPE,
-                stdout=words,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=_environment(),
-            )
-        return process, log
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": words, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(command, text=True, env=_environment() | more, **pipes)
+
+    def begin(self, job: dict[str, Any], out: Path, log: Path) -> Any:
+        process = self._process(log, CUDA_VISIBLE_DEVICES="")
+        _tell(process, job, out)
+        return process
 
     def start(self, job: dict[str, Any], out: Path, log: Path, limit: float) -> int | None:
         process, words = self.spare
         words.rename(log)
         began = time.monotonic()
-        assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({"job": job, "out": str(out)}) + "\n")
-            process.stdin.close()
+            _tell(process, job, out)
         except BrokenPipeError:  # it died while importing; its log says why
             return process.wait()
         finally:
@@ -296,10 +332,17 @@ class Spares(Pool):
             process.wait()
             return None
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> None:
         process, _ = self.spare
         process.kill()
         process.wait()
+        super().close(seconds)
+
+
+def _tell(process: subprocess.Popen[str], job: dict[str, Any], out: Path) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps({"job": job, "out": str(out)}) + "\n")
+    process.stdin.close()
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ import gpu_ours
 import torch
 from peers import gpu_stock
 
-RUNNERS = {"vistune": gpu_ours.result, "stock": gpu_stock.result}
+RUNNERS = {"vistune": gpu_ours.result, "stock": gpu_stock.result, "preflight": gpu_ours.predicted}
 
 
 def work(job: dict[str, Any], out: str) -> None:

@@ -5,7 +5,6 @@ Nothing is saved: checkpoints and the model folder are the only things left out 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -146,7 +145,7 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
     found = {
         "losses": [row["loss"] for row in rows],
         "grad_norms": [row["grad_norm"] for row in rows],
-        "checkpointing": recipe.train.checkpointing,
+        "checkpointing": recomputed(recipe.train),
         "compile": recipe.train.compile,
         "precision": recipe.train.precision,
         "filled_bytes": timer.filled,
@@ -159,6 +158,12 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
     if timer.profiled:
         found["profile"] = told(timer.profile, device, timer.took)
     return found
+
+
+def recomputed(train: recipes.Train) -> str:
+    """What is computed twice, in a word where vision is as the rest."""
+    vision = train.checkpointing_vision
+    return train.checkpointing if vision in (None, train.checkpointing) else f"{train.checkpointing}, vision {vision}"
 
 
 def recipe_of(job: dict[str, Any]) -> recipes.Recipe:
@@ -217,5 +222,11 @@ def told(found: Any, device: torch.device, took: float) -> dict[str, Any]:
 
 
 def predicted(job: dict[str, Any]) -> dict[str, Any]:
-    """What preflight says of the case's recipe; empty while there is none, or when it fails (said in "why")."""
-    return json.loads("{}")
+    """What preflight says that the job's recipe takes: bytes in all, and of each part."""
+    from vistune.preflight import check
+
+    gpu_made.answer_reads(torch.device("cpu"), torch.float32)
+    file = Path(job["run"]).with_suffix(".preflight.toml")
+    file.write_text(job["recipe"])
+    memory = check.check(recipes.read(file), look=False).memory
+    return {"peak_bytes": memory.peak, "parts": dict(memory.parts), "at": memory.moment}

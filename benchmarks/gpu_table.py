@@ -41,8 +41,9 @@ def line(row: Row) -> str:
     )
 
 
-def summary(rows: list[Row]) -> list[Row]:
-    """One entry per case and contender: medians over its repeats, vistune's ratio to the stock stack."""
+def summary(rows: list[Row], preflight: dict[str, Row] | None = None) -> list[Row]:
+    """One entry per case and contender: medians over its repeats, vistune's ratio to the stock stack; what preflight
+    said of the case."""
     found = []
     for name in dict.fromkeys(row["case"] for row in rows):
         here = [row for row in rows if row["case"] == name]
@@ -50,6 +51,7 @@ def summary(rows: list[Row]) -> list[Row]:
             found.append(_one(name, who, [row for row in here if row["who"] == who]))
     by = {(one["case"], one["who"]): one for one in found}
     for one in found:
+        one["preflight"] = (preflight or {}).get(one["case"], {})
         ours = by.get((one["case"], "vistune"))
         if one["who"] == "stock" and ours and "failed" not in ours and "failed" not in one:
             one["ratio"] = ours["tokens_per_s"] / one["tokens_per_s"]
@@ -75,7 +77,6 @@ def _one(name: str, who: str, rows: list[Row]) -> Row:
         "waited": median(row["waited_s"] / row["seconds"] for row in good),
         "peak_bytes": max(row["peak_bytes"] for row in good),
         **{key: last[key] for key in ("losses", "checkpointing", "compile", "precision", "steps")},
-        "preflight": last.get("preflight", {}),
     }
 
 
@@ -99,7 +100,7 @@ def markdown(result: Row) -> str:
     head = "case|who|tokens/s|supervised/s|MFU|HFU|padding|peak GB|preflight GB|checkpointing|compile|weights|repeats"
     head += "|waiting for data|vistune's speed"
     lines += ["", f"|{head}|", "|" + "---|" * (head.count("|") + 1)]
-    found = summary(rows)
+    found = summary(rows, result.get("preflight"))
     lines += [f"|{'|'.join(_cells(one))}|" for one in found]
     lines += [
         f"|{case.says}|stock|n/a: `transformers` has no class that trains it without timm|"
