@@ -1,14 +1,17 @@
-"""8-bit moments and stochastic rounding over two ranks that hold halves of the weights: one rank's checkpoint goes on as
-it would have on one rank."""
+"""The optimizer over shards: 8-bit moments and stochastic rounding go on from one rank's checkpoint on two ranks that hold
+half of the weights each; what it lays out is no copy."""
 
 import shutil
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
 from tests.made import made_recipe
 from tests.runs import finish_run, run_both, start_run
 from tests.train.test_optimizer_runs import losses
-from vistune.train import moments
+from vistune.train import moments, parallel
 from vistune.train import precision as precisions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,3 +38,22 @@ def test_two_ranks_go_on_as_one(start, data, tmp_path, precision, shard, near, m
     shutil.copytree(one, two, ignore=shutil.ignore_patterns(*later))
     assert "step 1 of 3" in run_both(recipe, tmp_path, f"run={two}", f"parallel.shard={shard}")
     assert losses(two) == pytest.approx(losses(one)[1:], abs=near)
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_what_lies_on_the_host_is_laid_out_where_it_is(alone, monkeypatch):
+    """As with offload, where the mesh is of GPUs: a copy there would leave a resumed run without its moments."""
+    like = distribute_tensor(torch.zeros(6, 4), alone, [Shard(0)])
+    held, scales = torch.ones(6, 4, dtype=torch.uint8), torch.ones(6, 2)
+    monkeypatch.setattr(DeviceMesh, "device_type", property(lambda self: "cuda"))
+    for mine, columns in ((held, None), (scales, 2)):
+        laid = parallel.spread(mine, like, columns)
+        assert laid.shape == mine.shape and laid.dtype == mine.dtype and laid.placements == like.placements
+        assert laid._local_tensor is mine

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from vistune.models import lowbit
 from vistune.train import parallel
 
 BLOCKS = (256, 128, 64)
@@ -77,7 +77,10 @@ class Blocks:
         return F.pad(rows, (0, -self.width % self.block)).contiguous()
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
-        return {"": parallel.spread(self.codes, like), "_scale": _spread_rows(self.scales, like)}
+        return {
+            "": parallel.spread(self.codes, like),
+            "_scale": parallel.spread(self.scales, like, self.scales.shape[1]),
+        }
 
 
 def part(tensor: Tensor, rows: slice) -> Tensor:
@@ -106,19 +109,6 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 def _library() -> Any:
     """bitsandbytes' functions. ValueError, with what to install, where it is absent or does not load."""
     try:
-        import bitsandbytes
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f'optimizer.name = adamw8bit: needs bitsandbytes ({error}); pip install "vistune[quant]"'
-        ) from error
-    return bitsandbytes.functional
-
-
-def _spread_rows(held: Tensor, like: Tensor) -> Tensor:
-    """`held` [rows, n] over the ranks as the rows of `like` are."""
-    if not isinstance(like, DTensor):
-        return held
-    whole = torch.Size((like.shape[0], held.shape[1]))
-    return DTensor.from_local(
-        held, like.device_mesh, like.placements, run_check=False, shape=whole, stride=(whole[1], 1)
-    )
+        return lowbit.library().functional
+    except ValueError as error:
+        raise ValueError(f"optimizer.name = adamw8bit: {str(error).removeprefix('quantize: ')}") from error
