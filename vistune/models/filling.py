@@ -6,7 +6,6 @@ Knows names and layouts of tensors; why a model is laid out as it is, others kno
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +97,8 @@ class _Filling:
         if name in self.exact:
             self.exactly[name] = value.to(self.home, torch.float32, copy=True)
         made: Tensor = _memory(held, value, self.home)
-        if isinstance(held, DTensor):
-            shape: dict[str, Any] = {"shape": held.shape, "stride": held.stride()}
-            made = DTensor.from_local(made, held.device_mesh, held.placements, run_check=False, **shape)
+        if isinstance(held, DTensor):  # not from_local, which copies what lies on the host to the mesh's kind of device
+            made = DTensor(made, held._spec, requires_grad=False)
         return nn.Parameter(made, requires_grad=held.requires_grad)
 
     def _read(self, name: str, shape: Sequence[int]) -> Tensor:
