@@ -16,7 +16,7 @@ from vistune.doctor.trial import Trial
 MEMORY = "MemTotal:       131072000 kB\nMemFree:         2000 kB\nMemAvailable:   98304000 kB\n"
 MOUNTS = """overlay / overlay rw 0 0
 server:/home /home nfs4 rw 0 0
-/dev/sda1 /home/local\\040disk ext4 rw 0 0
+/dev/sda1 /srv/local\\040disk ext4 rw 0 0
 tmpfs /dev/shm tmpfs rw 0 0
 """
 
@@ -55,7 +55,7 @@ def test_limits_of_memory_of_both_versions(tmp_path: Path):
     [
         ("/data", "overlay"),
         ("/home/me", "nfs4"),
-        ("/home/local disk/runs", "ext4"),
+        ("/srv/local disk/runs", "ext4"),
         ("/homes", "overlay"),
         ("/dev/shm", "tmpfs"),
     ],
