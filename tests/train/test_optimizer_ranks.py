@@ -1,5 +1,5 @@
-"""8-bit moments and stochastic rounding over shards: two ranks with half of the weights each go on from the checkpoint of
-one. What is laid out over ranks is no copy."""
+"""8-bit moments and stochastic rounding over shards: two ranks with half of the weights each go on from one rank's
+checkpoint. What is laid out over ranks is no copy."""
 
 import shutil
 
