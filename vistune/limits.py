@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import sys
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 THREADS = (
     "OMP_NUM_THREADS",
@@ -28,6 +32,7 @@ WORKER = 4
 """Tasks that one data worker costs: itself, its queue's feeder, its watch over the parent, one for margin."""
 RESERVE = 16
 """Tasks left over for what is not counted: progress bar, pinning, checkpoint, communication."""
+UNLIMITED = 1 << 62
 VAST = 100_000
 """A limit above this is not counted against: nobody comes near, and counting reads every process."""
 _said: set[str] = set()
@@ -88,16 +93,28 @@ def room() -> Room:
 
 def own_room() -> Room:
     """What RLIMIT_NPROC leaves; it counts threads, of every process of this user, and does not hold the superuser."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if soft == resource.RLIM_INFINITY or soft > VAST or not is_bound(_read(Path("/proc/self/status"))):
-        return Room(None, None if soft == resource.RLIM_INFINITY else soft)
+    soft, _ = allowed("NPROC")
+    own, names = _read(Path("/proc/self/status")), _read(Path("/proc/self/uid_map"))
+    if soft > VAST or not own or not is_bound(own, names):
+        return Room(None)
     statuses = (_read(place / "status") for place in Path("/proc").iterdir() if place.name.isdigit())
     used = tasks_of(os.getuid(), statuses)
     return Room(max(0, soft - used), soft, f"RLIMIT_NPROC is {soft}, {used} in use; `ulimit -u` shows and raises it")
 
 
-def is_bound(status: str) -> bool:
-    """Whether RLIMIT_NPROC holds a process with this /proc/PID/status: not with CAP_SYS_ADMIN or CAP_SYS_RESOURCE."""
+def allowed(kind: str) -> tuple[int, int]:
+    """Soft and hard limit of RLIMIT_`kind`; UNLIMITED where there is none."""
+    if resource is None or not hasattr(resource, f"RLIMIT_{kind}"):
+        return UNLIMITED, UNLIMITED
+    soft, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))
+    return tuple(UNLIMITED if one == resource.RLIM_INFINITY else one for one in (soft, hard))  # type: ignore[return-value]
+
+
+def is_bound(status: str, uid_map: str = "") -> bool:
+    """Whether RLIMIT_NPROC holds a process with this /proc/PID/status: not the machine's superuser, nor one with
+    CAP_SYS_ADMIN or CAP_SYS_RESOURCE. Inside a user namespace (`uid_map`), as of rootless containers, it holds all."""
+    if uid_map.split()[:3] not in ([], ["0", "0", "4294967295"]):
+        return True
     fields = _fields(status)
     mask = int(fields.get("CapEff", "0") or "0", 16)
     return not mask & (1 << 21 | 1 << 24) and fields.get("Uid", "1").split()[0] != "0"

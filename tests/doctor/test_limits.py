@@ -71,8 +71,16 @@ def test_tasks_are_counted_by_user():
 
 def test_whom_the_limit_holds():
     assert limits.is_bound("Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\n")
+    assert limits.is_bound("Uid:\t0\t0\t0\t0\nCapEff:\t000001ffffffffff\n", "         0       1000          1\n")
     assert not limits.is_bound("Uid:\t0\t0\t0\t0\nCapEff:\t0000000000000000\n")
     assert not limits.is_bound("Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000001000000\n")  # CAP_SYS_RESOURCE
+
+
+def test_systems_without_such_files_or_limits(monkeypatch):
+    monkeypatch.setattr(limits, "_read", lambda path: "")
+    assert limits.room() == limits.Room(None)
+    monkeypatch.setattr(limits, "resource", None)
+    assert limits.room() == limits.Room(None) and limits.allowed("NPROC") == (limits.UNLIMITED,) * 2
 
 
 def test_control_groups_of_both_versions(tmp_path: Path):

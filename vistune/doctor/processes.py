@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,15 +32,11 @@ class Allowed:
 
 
 def gather(environment: Mapping[str, str] = os.environ) -> Allowed:
-    soft, hard = (_number(value) for value in resource.getrlimit(resource.RLIMIT_NOFILE))
-    locked = _number(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+    soft, hard = limits.allowed("NOFILE")
+    locked, _ = limits.allowed("MEMLOCK")
     ranks = environment.get("LOCAL_WORLD_SIZE", "1")
     counted = int(ranks) if ranks.isdigit() else 1
     return Allowed(limits.cores(), os.cpu_count() or 1, limits.room(), soft, hard, locked, counted)
-
-
-def _number(limit: int) -> int:
-    return 1 << 62 if limit == resource.RLIM_INFINITY else limit
 
 
 def findings(allowed: Allowed, environment: Mapping[str, str], has_infiniband: bool = False) -> list[Finding]:
@@ -89,7 +84,7 @@ def _room(allowed: Allowed) -> list[Finding]:
 
 
 def _files(allowed: Allowed) -> list[Finding]:
-    title, text = "open files", f"{allowed.files}" if allowed.files < 1 << 60 else "no limit"
+    title, text = "open files", f"{allowed.files}" if allowed.files < limits.UNLIMITED else "no limit"
     fix = f"ulimit -n {min(65536, allowed.files_most)}"
     if allowed.files < FEW:
         return [problem(title, f"{text}: too few for workers", fix)]

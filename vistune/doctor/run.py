@@ -57,16 +57,20 @@ def examine(
         show.print_wait("")
         if first and not json:
             show.print_group(name, groups[name], sys.stdout)
-    if not first and known.heard:
-        return 0  # rank 0 says it; an exit code here would make torchrun end rank 0 before it has
+    if not first:
+        _of_another_rank(groups, known.heard)
+        return 0  # a code here would make torchrun end rank 0 before it has spoken, whose code counts for all
     if json:
         show.print_json(groups, sys.stdout)
-        return show.code(groups)
-    if not first:
-        for name, found in groups.items():
-            show.print_group(f"rank {os.environ['RANK']}: {name}", [one for one in found if one.fix], sys.stdout)
-    show.print_end(groups, sys.stdout)
+    else:
+        show.print_end(groups, sys.stdout)
     return show.code(groups)
+
+
+def _of_another_rank(groups: show.Groups, heard: bool) -> None:
+    """What rank 0 has not heard, this rank says itself; on stderr, since stdout may be rank 0's JSON."""
+    for name, found in groups.items() if not heard else ():
+        show.print_group(f"rank {os.environ['RANK']}: {name}", [one for one in found if one.fix], sys.stderr)
 
 
 class Known:
