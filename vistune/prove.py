@@ -19,7 +19,7 @@ from vistune.data.batch import Batch, Item, collate, read_planned
 from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe
-from vistune.train import learn, precision
+from vistune.train import learn, precision, stage
 from vistune.train.step import StepModule
 
 # Largest relative difference of the losses, and of the gradients, that rounding explains: fp32 sums in another order;
@@ -42,13 +42,7 @@ def prove(recipe: Recipe, packs: int = 8, world: Sequence[int] = (1, 2, 4, 8)) -
     device = ranks.start(recipe.train.device, recipe.parallel.timeout)
     try:
         precision.allow_tf32(recipe.train.tf32, device)
-        loaded = models.load(
-            recipe.model.start,
-            dtype=torch.float32,
-            template=recipe.model.template,
-            image=recipe.model.image,
-            options=recipe.model.options,
-        )
+        loaded = stage.load_model(recipe)
         data = inputs.read(recipe, loaded, Path(recipe.run) / "index")
         steps = spread(data.plan.steps, _STEPS)
         equal = [k for k in steps if same_for_ranks(recipe, data, k, world)]
@@ -179,12 +173,11 @@ class _Proof:
 
     def __init__(self, recipe: Recipe, loaded: models.Loaded, device: torch.device):
         self.recipe, self.device = recipe, device
-        model: nn.Module = loaded.model
-        learned = learn.apply(model, loaded.family, recipe)
+        learned = learn.apply(loaded.model, loaded.family, recipe)
         self.dtype = precision.compute_dtype(recipe.train.precision, device)
-        precision.lay(model, recipe.train.precision, self.dtype)
-        model.to(device).eval()  # without dropout, which would differ by itself
-        self.module = StepModule(model, loaded.family, loaded.layout, self.dtype)
+        self.module = StepModule(loaded.model, loaded.family, loaded.layout, self.dtype)
+        stage.lay_out(_plain(recipe), device, loaded, learned, self.module)
+        loaded.model.eval()  # without dropout, which would differ by itself
         self.parameters = _first([one.parameter for one in learned], GRADIENTS)
 
     @property
@@ -249,6 +242,13 @@ class _Proof:
         with precision.autocast(self.recipe.train.precision, self.dtype, self.device):
             loss: Tensor = self.module(batch.to(self.device))
         return loss
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """As a model is laid out where only what it computes is asked for: rows of many lengths, each once or twice."""
+    train = recipe.train.model_copy(update={"compile": False, "checkpointing": "none", "checkpointing_vision": None})
+    parallel = recipe.parallel.model_copy(update={"shard": "none", "offload": False})
+    return recipe.model_copy(update={"train": train, "parallel": parallel})
 
 
 def _first(parameters: list[nn.Parameter], most: int) -> list[nn.Parameter]:
