@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,26 @@ def train(
         saver.wait()
         dry_run(folder, loaded)
     report = metrics.Report(folder, recipe) if ranks.is_first() else None
-    batches = load_batches(
+    loop.save, loop.ending = save, saver.failed
+
+    def tell(row: dict[str, Any]) -> None:
+        if report is not None:
+            report.step(row)
+            if row["step"] % recipe.log.every == 0 or row["step"] == loop.steps:
+                console.say(line(row, loop.steps))
+
+    loop.report = tell
+    try:
+        with saver:
+            loop.run(batches_left(recipe, data, loop))
+    finally:
+        if report is not None:
+            report.stop()
+
+
+def batches_left(recipe: Recipe, data: Data, loop: Loop) -> Iterator[list[Batch]]:
+    """This rank's batches of the steps that are left."""
+    return load_batches(
         data.plan,
         data.readers,
         data.language,
@@ -266,21 +285,6 @@ def train(
         workers=recipe.data.workers,
         alike=parallel.sharded(recipe),
     )
-    loop.save, loop.ending = save, saver.failed
-
-    def tell(row: dict[str, Any]) -> None:
-        if report is not None:
-            report.step(row)
-            if row["step"] % recipe.log.every == 0 or row["step"] == loop.steps:
-                console.say(line(row, loop.steps))
-
-    loop.report = tell
-    try:
-        with saver:
-            loop.run(batches)
-    finally:
-        if report is not None:
-            report.stop()
 
 
 def _take_up(saved: Path, tensors: dict[str, torch.Tensor], data: Data) -> dict[str, Any]:
