@@ -76,20 +76,15 @@ class Norm(nn.BatchNorm2d):
         weight, bias, mean, var = (x.float() for x in (self.weight, self.bias, *held[:2]))
         if not self.training:
             return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
-        again = torch._C._current_graph_task_id() != -1  # run again by a backward pass: this batch is counted already
-        if again:
-            mean, var = mean.clone(), var.clone()
+        # Copies move, both times: selective recomputing wants no operator in backward that forward did not have.
+        mean, var = mean.clone(), var.clone()
         out = F.batch_norm(input, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
+        again = torch._C._current_graph_task_id() != -1  # run again by a backward pass: this batch is counted already
         if not again:
-            self._follow(mean, var)
-        return out
-
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
-        held: Any = (self.running_mean, self.running_var, self.num_batches_tracked)
-        if held[0] is not mean:  # held in half precision: what moved were copies
             held[0].copy_(mean)
             held[1].copy_(var)
-        held[2].add_(1)
+            held[2].add_(1)
+        return out
 
 
 class Conv(nn.Module):
