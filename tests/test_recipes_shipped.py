@@ -15,7 +15,7 @@ from vistune.recipe import Recipe, dump, read
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(RECIPES.rglob("*.toml"))
 
-ROWS = {"align": 558_128, "instruct": 665_298, "instruct_lora": 665_298}
+ROWS = {"align": 558_128, "instruct": 665_298, "instruct_lora": 665_298, "instruct_qlora": 665_298}
 """Samples of LLaVA-Pretrain and of the 665k mixture, as published."""
 
 PUBLISHED = {
@@ -43,6 +43,15 @@ PUBLISHED = {
         "template": "v1",
         "image": "pad",
         "shard": "zero3",
+        "lora": (128, 256.0, 0.05),
+        "steps": 5198,
+    },
+    "instruct_qlora": {
+        "learn": {"connector": 2e-5, "language": 2e-4},
+        "batch": 128,
+        "template": "v1",
+        "image": "pad",
+        "shard": "zero2",
         "lora": (128, 256.0, 0.05),
         "steps": 5198,
     },
@@ -118,6 +127,25 @@ def test_the_second_stage_starts_where_the_first_ends(size: str) -> None:
     end = f"{published(size, 'align').run}/model"
     assert published(size, "instruct").model.start == end
     assert published(size, "instruct_lora").model.start == end
+    assert published(size, "instruct_qlora").model.start == end
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_qlora_is_lora_on_matrices_in_4_bits(size: str) -> None:
+    plain, quantised = (published(size, stage).model_dump() for stage in ("instruct_lora", "instruct_qlora"))
+    assert quantised["lora"] == plain["lora"] | {"quantize": "4bit", "double_quant": True}
+    differ = {key for key in plain if plain[key] != quantised[key]}
+    assert differ == {"name", "run", "lora", "parallel"}
+
+
+@pytest.mark.parametrize("path", ["fastvlm/7b_stage2", "llava_onevision_1_5/4b_instruct"])
+def test_other_families_take_the_rank_and_rates_of_llava(path: str) -> None:
+    said, full = read(RECIPES / f"{path}_lora.toml"), read(RECIPES / f"{path}.toml")
+    llava = published("7b", "instruct_lora")
+    assert said.lora == llava.lora
+    assert {part: rate.lr for part, rate in said.learn.root.items()} == {p: r.lr for p, r in llava.learn.root.items()}
+    differ = {key for key, value in said.model_dump().items() if value != full.model_dump()[key]}
+    assert differ == {"name", "run", "learn", "lora"}
 
 
 def test_the_quickstart_is_two_ordinary_recipes() -> None:

@@ -1,4 +1,4 @@
-"""Every checkpoint of a run is a model: it opens for chat, converts, merges; a LoRA run's is an adapter of peft's too."""
+"""Every checkpoint of a run is a model: it opens for chat, converts, merges; of LoRA it is peft's adapter too."""
 
 from __future__ import annotations
 
