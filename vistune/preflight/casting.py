@@ -27,6 +27,8 @@ FULL = (
     *("softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum", "sum.dim_IntList", "prod", "norm.Scalar"),
 )
 WIDEST = ("cat", "stack", "addcmul", "addcdiv", "dot", "index_put", "scatter_add", "bilinear", "atan2")
+WHOLE = ("silu_backward", "mish_backward")
+"""One kernel on a GPU, taken to pieces by a build of torch that has none for it."""
 KEY = torch._C.DispatchKey.AutocastCUDA
 
 
@@ -101,6 +103,8 @@ def imitated() -> Iterator[None]:
         for names, change in rules:
             for name in names:
                 rule(name, change)
+        for name in WHOLE:
+            library.impl(name, torch.library.fallthrough_kernel, "AutogradCUDA")
     with (
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),

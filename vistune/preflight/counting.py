@@ -55,11 +55,11 @@ class Micro:
     def images(self) -> int:
         return len(self.grids) or (self.pixels[0] if self.pixels else 0)
 
-    def batch(self) -> Batch:
-        """It on the pretended device; grids stay on the host."""
+    def batch(self, device: torch.device = CUDA) -> Batch:
+        """It without values; grids stay on the host."""
 
         def numbers(count: int) -> Tensor:
-            return torch.empty(count, dtype=torch.int64, device=CUDA)
+            return torch.empty(count, dtype=torch.int64, device=device)
 
         return Batch(
             ids=numbers(self.tokens),
@@ -67,7 +67,7 @@ class Micro:
             lengths=list(self.lengths),
             rows=numbers(self.supervised),
             targets=numbers(self.supervised),
-            pixels=None if self.pixels is None else torch.empty(self.pixels, dtype=torch.uint8, device=CUDA),
+            pixels=None if self.pixels is None else torch.empty(self.pixels, dtype=torch.uint8, device=device),
             samples=len(self.lengths),
             tokens=self.tokens,
             grids=torch.tensor(self.grids) if self.grids else None,

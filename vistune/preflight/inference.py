@@ -19,7 +19,7 @@ from vistune.models import quantize
 from vistune.models.fit import skeleton
 from vistune.preflight import counting, presets, steps
 from vistune.preflight.counting import FEW, ROOM, WEIGHTS, Bytes, Micro, depths, shallow
-from vistune.preflight.parts import CONTEXT, FRAGMENTS, WORKSPACE
+from vistune.preflight.parts import CONTEXT, FRAGMENTS, SETTLED, WORKSPACE
 from vistune.preflight.presets import Subject
 from vistune.preflight.pretend import pretended, rounded
 from vistune.preflight.sizes import GB, GIB, Card, card
@@ -97,7 +97,8 @@ def answering(subject: Subject, kind: str, bought: Card, one: Micro, batch: int)
     activations = _prefill(subject, kind, one)
     parts = Counter({WEIGHTS: weights(subject, kind), CACHE: batch * cache(subject.config, tokens)})
     parts += Counter({ACTIVATIONS: activations, ROOM: WORKSPACE})
-    needed = parts.total() + CONTEXT + round(FRAGMENTS * (parts.total() - parts[WEIGHTS]))
+    allowance = FRAGMENTS * (parts.total() - parts[WEIGHTS]) + SETTLED * parts[WEIGHTS]
+    needed = parts.total() + CONTEXT + round(allowance)
     return Answering(
         subject=subject,
         kind=kind,
@@ -126,7 +127,8 @@ def _outline(subject: Subject, kind: str, config: Any) -> Any:
         if not hasattr(module, "pieces"):
             _lower(module)
     if config.tie_word_embeddings:
-        subject.family.head(model).weight = model.get_input_embeddings().weight
+        head: Any = subject.family.head(model)
+        head.weight = model.get_input_embeddings().weight
     return model.eval()
 
 

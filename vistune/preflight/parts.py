@@ -36,8 +36,8 @@ CONTEXT = 600 << 20
 """A stated constant: CUDA's context and the code of its kernels, on a recent card with a recent driver."""
 NCCL = 500 << 20
 """A stated constant: channels of two communicators."""
-FRAGMENTS = 0.05
-"""A stated share of the peak: what the allocator holds and cannot give."""
+FRAGMENTS, SETTLED = 0.10, 0.01
+"""Stated shares of what comes and goes in a step, and of what stays: what the allocator holds and cannot give."""
 PARTS = (
     *(WEIGHTS, GRADIENTS, OPTIMIZER, counting.VISION, counting.LANGUAGE, counting.LOSS, ROOM),
     *(counting.GATHERED, REDUCED),
@@ -102,7 +102,9 @@ def memory(
         parts[REDUCED] += BUCKET_BYTES
     parts = parts + held
     parts[ROOM] += WORKSPACE
-    beside = Counter({"CUDA context": CONTEXT, "fragmentation": round(FRAGMENTS * parts.total())})
+    stays = parts[WEIGHTS] + parts[GRADIENTS] + parts[OPTIMIZER]
+    allowance = round(FRAGMENTS * (parts.total() - stays) + SETTLED * stays)
+    beside = Counter({"CUDA context": CONTEXT, "fragmentation": allowance})
     if gpus > 1:
         beside["NCCL"] = NCCL
     return Memory(parts, beside, moment, host)

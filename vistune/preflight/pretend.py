@@ -25,7 +25,7 @@ assert _attention
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 GRAIN = 512
-"""CUDA's caching allocator gives memory in multiples of so many bytes (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
+"""CUDA's caching allocator gives memory in multiples of so many bytes (c10/cuda, kMinBlockSize)."""
 
 
 class Ledger:
@@ -155,10 +155,8 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _, sums = ctx.saved_tensors
-        rooms = [torch.empty_like(sums), torch.empty_like(query, dtype=torch.float32)]
-        if key.numel() != query.numel():
-            rooms += [torch.empty_like(query), torch.empty_like(query)]
+        query, key, value, *_ = ctx.saved_tensors
+        query.new_empty(_rooms(query, key, value), dtype=torch.uint8)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 

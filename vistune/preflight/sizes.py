@@ -25,8 +25,8 @@ class Card:
 
 
 # NVIDIA's data sheets, dense tensor-core figures without sparsity: A100 (312), H100 SXM and H200 (989), H100 PCIe
-# (756), H20 (148), B200 (2,250), L40S (362), L40 (181), L4 (121), A40 (150), A10 (125), A6000 (155), V100 (125, fp16), T4 (65,
-# fp16), RTX 4090 (165, fp32 accumulation), RTX 3090 (71, fp32 accumulation), RTX 5090 (210, fp32 accumulation),
+# (756), H20 (148), B200 (2,250), L40S (362), L40 (181), L4 (121), A40 (150), A10 (125), A6000 (155), V100 (125, fp16),
+# T4 (65, fp16), RTX 4090 (165, fp32 accumulation), RTX 3090 (71, fp32 accumulation), RTX 5090 (210, fp32 accumulation),
 # RTX PRO 6000 Blackwell (504), A800 as A100, H800 as H100; AMD's: MI250X a die (191), MI300X (1,307).
 CARDS = {
     card.name.lower(): card

@@ -16,8 +16,8 @@ from vistune.preflight.steps import Run
 from vistune.recipe import Recipe
 
 USUAL, USUAL_TWICE = 0.40, 0.30
-"""What packed training of this kind reaches by published accounts (30 to 40 %, docs/preflight.md); with every activation
-computed twice, three quarters of it."""
+"""What packed training of this kind reaches by published accounts (30 to 40 %, docs/preflight.md); with every
+activation computed twice, three quarters of it."""
 RECENT = 50
 
 
