@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vistune import __version__, cli_data, cli_models, console
+from vistune import __version__, cli_data, cli_models, cli_preflight, console
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +43,7 @@ def quickstart(
         console.print_json(summary)
 
 
-for _verb in (cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch):
+for _verb in (cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch, cli_preflight.preflight):
     app.command()(_verb)
 
 
@@ -56,11 +56,26 @@ def train(
     """Train one stage. The same command takes an interrupted run up again. Under torchrun: one process per GPU."""
     from vistune import recipe as recipes
     from vistune.train import stage
+    from vistune.train.out_of_memory import OutOfMemory
 
     cli_models.only_json(json)
-    summary = stage.run(recipes.read(recipe, words or []))
+    wanted = recipes.read(recipe, words or [])
+    try:
+        summary = stage.run(wanted)
+    except OutOfMemory as error:
+        raise ValueError(f"{error} {_counted(wanted, error.lengths, error.images)}") from error
     if json:
         console.print_json(summary)
+
+
+def _counted(recipe: Any, lengths: list[int], images: int) -> str:
+    """What preflight counts for the micro-batch that had no memory."""
+    from vistune.preflight import check
+
+    try:
+        return check.figure(recipe, lengths, images, gpus=int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        return f"preflight could not count it: {error}"
 
 
 @app.command()
