@@ -50,7 +50,8 @@ def is_there(name: str) -> bool:
 
 def try_all(names: Iterable[str], timeout: float = TIMEOUT) -> dict[str, Trial]:
     """Import them one after the other in one process, and what comes after one that fails in the next process."""
-    left, trials = list(names), {}
+    left = list(names)
+    trials: dict[str, Trial] = {}
     while left:
         trial = probe("importing", str(timeout), *left, timeout=timeout * len(left) + 30)
         trials |= {name: one for name, one in read(trial, timeout).items() if name in left} or {left[0]: trial}

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from vistune.doctor.findings import Finding
 
-MARKS = {"ok": "ok", "warning": "look", "problem": "BAD"}
+MARKS = {"ok": "ok", "warning": "warn", "problem": "BAD"}
 COLOURS = {"ok": "32", "warning": "33", "problem": "1;31"}
 TITLE, MARK = 20, 5
 Groups = Mapping[str, Sequence[Finding]]
