@@ -21,9 +21,14 @@ def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def test_quick_run_measures_us_and_agrees_with_the_stock_loop(tmp_path):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def test_quick_run_measures_us_and_agrees_with_the_stock_loop(data, tmp_path):
     out = tmp_path / "quick.json"
-    words = ["--quick", "--threads", "1", "--data", str(tmp_path / "data"), "--out", str(out)]
+    words = ["--quick", "--threads", "1", "--data", str(data), "--out", str(out)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *words],
         capture_output=True,
@@ -37,7 +42,7 @@ def test_quick_run_measures_us_and_agrees_with_the_stock_loop(tmp_path):
     assert [len(step["rows"]) for step in steps] == [4, 4, 4, 4]
     assert all(step["cpu_s"] > 0 and step["tokens"] == step["positions"] for step in steps)
     # The counts come from the stock processor, read from the data folder; the run's from vistune's own tokenization.
-    counts = json.loads((tmp_path / "data" / "quick" / "made.json").read_text())["counts"]["2"]
+    counts = json.loads((data / "quick" / "made.json").read_text())["counts"]["2"]
     for step in steps:
         assert step["tokens"] == sum(counts[row][0] for row in step["rows"])
         assert step["supervised"] == sum(counts[row][1] for row in step["rows"])
@@ -46,6 +51,21 @@ def test_quick_run_measures_us_and_agrees_with_the_stock_loop(tmp_path):
         assert parity["same_ids"] and parity["largest_relative_difference"] < 1e-4
         assert parity["last_loss"] < parity["first_loss"]
     assert "vistune" in out.with_suffix(".md").read_text()
+
+
+def test_a_profile_accounts_for_the_whole_step(data, tmp_path):
+    """On the quick run's data; bf16 is computed as such even where it is imitated."""
+    import profile_step
+
+    out = tmp_path / "profile.json"
+    words = ["--quick", "--stages", "2", "--precision", "bf16", "--dropped", "0", "--plain", "1", "--profiled", "1"]
+    assert profile_step.main([*words, "--threads", "1", "--batch", "4", "--data", str(data), "--out", str(out)]) == 0
+    (cell,) = json.loads(out.read_text())["cells"]
+    took = {kind: work["seconds"] for kind, work in cell["kinds"].items()}
+    assert 0.3 * cell["profiled_s"] < sum(took.values()) < 1.05 * cell["profiled_s"]
+    assert min(took[kind] for kind in ("products", "attention", "optimizer", "copies")) > 0
+    assert cell["kinds"]["products"]["flops"] > 0 and 0 < cell["mfu"] < 1
+    assert "## Stage 2, bf16" in out.with_suffix(".md").read_text()
 
 
 CONFIG = {

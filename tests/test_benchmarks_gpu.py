@@ -19,7 +19,7 @@ def benchmarks_on_path():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-RUN = ("7b_stage2_lora", "7b_stage1", "onevision_4b_stage1", "fastvlm_1_5b_stage2")
+RUN = ("7b_stage2_lora", "onevision_4b_stage1", "fastvlm_1_5b_stage2")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_case_runs_end_to_end(ran):
 def test_both_stacks_see_the_same_samples_and_lose_the_same(ran):
     by = {(row["case"], row["who"]): row for row in ran[2]["rows"]}
     pairs = [(by[case, "vistune"], stock) for (case, who), stock in by.items() if who == "stock"]
-    assert len(pairs) == 2
+    assert len(pairs) == 1
     for ours, stock in pairs:
         assert ours["tokens"] == stock["tokens"] and ours["images"] == stock["images"]
         assert ours["supervised"] == stock["supervised"] and ours["useful_flops"] == stock["useful_flops"]
