@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -68,13 +69,15 @@ class Held(TorchDispatchMode):
         return sum(size for there, size in self.storages.values() if there() is not None)
 
 
-def run(model):
+def run(model, counted=True):
+    """Loss, gradients and the bytes held between forward and backward, where they are `counted`: that hides the layers
+    from the compiler."""
     embeds = torch.randn(sum(LENGTHS), 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     places = torch.cat([torch.arange(length) for length in LENGTHS])
     torch.manual_seed(3)
-    with Held(model) as held:
+    with Held(model) if counted else nullcontext() as held:
         out = hidden(model, embeds, places, LENGTHS)
-    size = held.bytes()
+    size = held.bytes() if held else 0
     loss = out.pow(2).sum()
     loss.backward()
     gradients = [embeds.grad, *(p.grad for p in model.parameters() if p.grad is not None)]

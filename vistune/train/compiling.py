@@ -43,10 +43,10 @@ def wrap(model: nn.Module, family: Family, recipe: Recipe) -> None:
 @functools.cache
 def missing(device: str) -> str:
     """Why a device of this type compiles nothing here, found by compiling a tiny function; empty when it does."""
-    torch._dynamo.reset()
     try:
-        x = torch.ones(8, device=device, requires_grad=True)
-        torch.compile(lambda x: (x * 2 + 1).sigmoid(), backend=BACKEND)(x).sum().backward()
+        with torch.enable_grad():
+            x = torch.ones(8, device=device, requires_grad=True)
+            torch.compile(lambda x: (x * 2 + 1).sigmoid(), backend=BACKEND)(x).sum().backward()
     except (*FAILURES, RuntimeError, OSError, ImportError) as error:
         return _reason(error)
     return ""
