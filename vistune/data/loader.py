@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vistune import limits
 from vistune.data.batch import Batch, Item, collate, nothing_to_see, read_planned
 from vistune.data.formats import Reader
 from vistune.data.plan import Pack, Plan
@@ -45,6 +46,7 @@ def load(
     """
     steps = _Steps(plan, tuple(readers), language, rank, world, packs_per_micro, pad_to, alike)
     wanted = range(start_step, plan.steps if stop_step is None else stop_step)
+    workers = limits.workers(workers) if workers else 0
     if not workers:
         yield from map(steps.batches, wanted)
         return
