@@ -80,7 +80,7 @@ class Saver:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if error is None:
+            if error is None or hasattr(error, "code"):  # stopped by a signal: what it says is that this is whole
                 self.wait()
             elif self._under_way is not None and not (ranks.world() > 1 and isinstance(error, RuntimeError)):
                 # Of several ranks a RuntimeError is a broken collective: then nobody is there to finish with.
