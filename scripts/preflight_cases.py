@@ -1,4 +1,4 @@
-"""The cases that users asked about, counted: `python scripts/preflight_cases.py` prints what docs/preflight.md shows."""
+"""The cases that users asked about, counted: what docs/preflight.md shows."""
 
 from __future__ import annotations
 

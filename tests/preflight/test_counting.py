@@ -1,4 +1,4 @@
-"""The bytes that a pretended GPU counts, against those that real tensors take in the very same step, and closed forms."""
+"""The bytes that a pretended GPU counts, against those that real tensors take in the same step, and closed forms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.preflight.tiny import micro, recipe, subject
 from vistune.preflight import counting, parts, pretend
 from vistune.preflight.counting import GRADIENTS, OPTIMIZER, WEIGHTS, Spread
 from vistune.preflight.pretend import CUDA, Ledger, pretended
-from vistune.train import learn, precision, recompute
+from vistune.train import recompute
 from vistune.train.step import StepModule
 
 
@@ -91,15 +91,16 @@ def test_a_pretended_step_takes_what_a_real_one_takes(
     assert pretending == pytest.approx(real, rel=0.01)
 
 
-def test_a_few_layers_tell_of_all() -> None:
-    deep = subject(language=9, vision=7)
-    for words in ({"checkpointing": "full"}, {"checkpointing": "none"}):
-        said = recipe(train=words, learn={"connector": 1e-3, "language": 1e-3, "vision": 1e-3})
-        for spread in (Spread(), Spread(shards=4), Spread(shards=4, zero3=True)):
-            few = counting.moments(deep, said, micro(), spread)
-            every = counting.moments(deep, said, micro(), spread, full=True)
-            most = max(one.total() for one in every.most.values())
-            assert max(one.total() for one in few.most.values()) == pytest.approx(most, rel=1e-3)
+@pytest.mark.parametrize(
+    ("again", "spread"), [("full", Spread()), ("none", Spread(shards=4)), ("full", Spread(shards=4, zero3=True))]
+)
+def test_a_few_layers_tell_of_all(again: str, spread: Spread) -> None:
+    deep = subject(language=6, vision=5)
+    said = recipe(train={"checkpointing": again}, learn={"connector": 1e-3, "language": 1e-3, "vision": 1e-3})
+    few = counting.moments(deep, said, micro(), spread)
+    every = counting.moments(deep, said, micro(), spread, full=True)
+    most = max(one.total() for one in every.most.values())
+    assert max(one.total() for one in few.most.values()) == pytest.approx(most, rel=1e-3)
 
 
 def test_weights_gradients_and_optimizer_in_closed_form() -> None:
@@ -134,7 +135,7 @@ def test_what_the_optimizer_keeps_of_a_matrix(words: dict[str, Any], bytes_each:
 def test_more_care_takes_less() -> None:
     def needed(gpus: int = 1, **words: Any) -> int:
         said = recipe(learn={"connector": 1e-3, "language": 1e-3}, **words)
-        return parts.memory(subject(language=6), said, micro(8), gpus=gpus).peak
+        return parts.memory(subject(language=4, vision=1), said, micro(8), gpus=gpus).peak
 
     train = [needed(train={"checkpointing": kind}) for kind in ("none", "selective", "full")]
     assert train[0] > train[1] > train[2]
@@ -143,7 +144,6 @@ def test_more_care_takes_less() -> None:
     offloaded = needed(8, parallel={"shard": "zero3", "offload": True})
     assert offloaded < shards[2]
     assert needed(2, parallel={"shard": "zero3"}) > shards[2]
-    assert needed(optimizer={"name": "adamw8bit"}) < needed() > needed(train={"precision": "bf16_true"}) - needed() / 4
 
 
 def test_longer_packs_take_more() -> None:
@@ -172,5 +172,3 @@ def test_autocast_computes_in_half_precision_and_is_put_back() -> None:
         assert torch.nn.functional.layer_norm(product, (5,)).dtype == torch.float32
         assert ledger.total
     assert (weight @ weight).dtype == torch.float32
-    assert precision.autocast("fp32", torch.float32, CUDA) is not None
-    assert learn.PARTS
