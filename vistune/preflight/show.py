@@ -15,6 +15,10 @@ WIDE = 40
 """Characters of a bar that is as long as the card."""
 
 
+TIGHT = 0.03
+"""Less of the card than this is nothing to rely on."""
+
+
 def show(report: Report) -> None:
     """Tables of the run, of the memory and of what would fit, and the verdict."""
     console.say(f"model: {report.subject.family.name}, {report.subject.found}")
@@ -85,6 +89,10 @@ def _row(name: str, size: int, card: Card) -> tuple[str, str, str, str, str]:
 
 def verdict(report: Report) -> str:
     """Whether it fits, and by how much."""
+    if report.fits and -report.missing < TIGHT * report.card.memory:
+        return (
+            f"fits barely: {both(-report.missing)} of {report.card.name} are left, less than the stated constants err"
+        )
     if report.fits:
         return f"fits: {both(-report.missing)} of {report.card.name} are left"
     return f"does NOT fit: {both(report.missing)} too much for {report.card.name}"

@@ -55,8 +55,8 @@ def expected(recipe: Recipe) -> tuple[float, str]:
         if found := [row["mfu"] for row in _rows(file) if row.get("mfu") and (row.get("memory") or {}).get("peak")]:
             return median(found[-RECENT:]), f"of {file}"
     if recipe.train.checkpointing == "full":
-        return USUAL_TWICE, "usual with activations computed twice; none of an earlier run is here"
-    return USUAL, "usual; none of an earlier run is here"
+        return USUAL_TWICE, "usual with recomputation"
+    return USUAL, "usual"
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
