@@ -40,6 +40,7 @@ class Batch:
     keys: list[tuple[int, int]] = field(default_factory=list)  # (number of the source, row) of every sample
     faults: list[Fault] = field(default_factory=list)  # met while loading
     grids: Tensor | None = None  # int64 [N, 3], always on the host: what the layout says of each image (`Layout.grid`)
+    blank: bool = False  # its pictures are nobody's: beside the samples, so that every rank has some
 
     @property
     def images(self) -> int:
@@ -190,6 +191,7 @@ def collate(items: Sequence[Item], pad_to: int = 1, beside: Sequence[Item] = ())
         keys=[item.key for item in samples],
         faults=[fault for item in items for fault in item.faults],
         grids=torch.tensor(grids) if grids else None,
+        blank=bool(beside),
     )
 
 

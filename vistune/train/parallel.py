@@ -19,6 +19,7 @@ from vistune.models.families import Family
 from vistune.recipe import Recipe
 from vistune.train import compiling, recompute, sharding
 from vistune.train.step import StepModule
+from vistune.train.step import followed as followed
 
 BUCKET_BYTES = 64 << 20
 
@@ -99,13 +100,6 @@ def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
-
-
-def followed(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that move with the data: the statistics of batch norms that learn, by name."""
-    norms = {path: one for path, one in model.named_modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)}
-    learning = {path: one for path, one in norms.items() if any(p.requires_grad for p in one.parameters())}
-    return {f"{path}.{name}": held for path, one in learning.items() for name, held in one.named_buffers(recurse=False)}
 
 
 def average(buffers: Iterable[Tensor]) -> None:
