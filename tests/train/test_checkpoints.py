@@ -178,7 +178,7 @@ def test_an_error_of_the_steps_still_makes_the_last_checkpoint_whole(made, monke
 def test_a_signal_does_not_say_that_a_checkpoint_stands_that_failed(made, monkeypatch):
     tensors, saver, run = made
 
-    def full(self, *args):
+    def full(self, metadata, results):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving._Writer, "finish", full)
