@@ -31,7 +31,7 @@ def backward(
     # The state of random numbers is dropout's, of which there is none.
     state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, kept, *_rows(pack), 0.0, pack.causal, state, unused, **_how(pack)
+        grad.contiguous(), q, k, v, out, kept, *_rows(pack), 0.0, pack.causal, state, unused, **_how(pack)
     )
     return dq, dk, dv
 
