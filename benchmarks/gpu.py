@@ -220,7 +220,7 @@ class Bench:
 
 
 def _slug(device: str, tiny: bool) -> str:
-    return "gpu_" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ("_tiny" if tiny else "")
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ("_tiny" if tiny else "")
 
 
 class Pool:

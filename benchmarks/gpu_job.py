@@ -56,3 +56,5 @@ if __name__ == "__main__":
     if said:
         asked = json.loads(said)
         work(asked["job"], asked["out"])
+        sys.stdout.flush()
+        os._exit(0)  # the result is written; data workers that are still reading are not waited for

@@ -108,6 +108,9 @@ def markdown(result: Row) -> str:
         if not case.padded and any(one["case"] == case.name for one in found)
     ]
     lines += ["", *_losses(found), *_profile(result.get("profile"))]
+    silent = [f"{name} ({said['failed']})" for name, said in result.get("preflight", {}).items() if "failed" in said]
+    if silent:
+        lines += ["", f"Preflight could not say: {', '.join(silent)}."]
     if dropped := [f"{one['case']} {one['who']} round {one['round']}" for one in result["dropped"]]:
         lines += ["", f"Dropped for time: {', '.join(dropped)}."]
     return "\n".join(lines) + "\n"
