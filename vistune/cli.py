@@ -1,7 +1,8 @@
 """The command line: verbs in, exit codes out. Each verb's work is done elsewhere and imported when it is asked for,
 so that `--help` answers at once.
 
-Exit codes: 0 done; 1 done, and the answer is no (a proof failed); 2 a mistake, named on stderr; 130, 143 stopped.
+Exit codes: 0 done; 1 done, and the answer is no (a proof failed); 2 a mistake, named on stderr; 3 a rank stood still or
+was lost; 130, 143 stopped.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def chat(
 @app.command()
 def doctor(
     run_folder: Annotated[Path, typer.Argument(help="Where runs are to be written.")] = Path("runs"),
+    only: Annotated[list[str] | None, typer.Option(help="Look at this group alone; may be repeated.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one import may take; 0: as it sees fit.")] = 0.0,
     json: cli_models.Json = False,
 ) -> None:
@@ -111,7 +113,7 @@ def doctor(
     Under torchrun: also whether the ranks reach each other."""
     from vistune.doctor import imports, run
 
-    raise typer.Exit(run.examine(run_folder, json=json, timeout=timeout or imports.TIMEOUT))
+    raise typer.Exit(run.examine(run_folder, json=json, only=only, timeout=timeout or imports.TIMEOUT))
 
 
 @app.callback(invoke_without_command=True)
