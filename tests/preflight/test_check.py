@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import typer.testing
 
+from tests.made import made_data, made_recipe, stage0
 from tests.preflight.tiny import micro, recipe, subject
-from vistune import cli_preflight
+from vistune import cli_preflight, inputs
 from vistune import recipe as recipes
 from vistune.preflight import check, inference, parts, presets, remedies, sizes, steps, timing
 from vistune.preflight.counting import WEIGHTS
@@ -74,6 +75,18 @@ def test_what_is_said_stands_for_data() -> None:
     assert any("nowhere.json" in line for line in run.assumed)
     with pytest.raises(ValueError, match="--images 9"):
         steps.look(subject(), said, 1, Instead(length=128, images=9))
+
+
+def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
+    start = stage0(tmp_path)
+    said = made_recipe(start, made_data(tmp_path), tmp_path / "run", train={"steps": None, "batch": 4})
+    report = check.check(said, gpu="24GB")
+    plan = inputs.read_plan(said)
+    assert report.run.facts["steps"] == plan.steps and report.run.facts["tokens"] == plan.describe()["tokens"]
+    assert not report.run.assumed and report.fits
+    images = max(plan.index.columns["images"][list(pack)].sum() for k in range(plan.steps) for pack in plan.step(k))
+    assert max(one.images for one in report.run.worst) == images
+    assert report.micro.tokens % 128 == 0
 
 
 def test_what_does_not_fit_is_told_what_would(monkeypatch: pytest.MonkeyPatch) -> None:

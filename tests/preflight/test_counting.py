@@ -152,15 +152,14 @@ def test_longer_packs_take_more() -> None:
 
 
 def test_adapters_and_quantised_matrices() -> None:
-    whole = recipe(learn={"connector": 1e-3, "language": 1e-3})
-    lora = {"r": 4, "alpha": 8.0}
-    held = {
-        kind: parts.memory(
-            subject(), recipe(learn={"connector": 1e-3, "language": 1e-3}, lora=lora | {"quantize": kind}), micro()
-        ).parts[WEIGHTS]
-        for kind in ("none", "8bit", "4bit")
-    }
-    assert parts.memory(subject(), whole, micro()).parts[WEIGHTS] > held["none"] > held["8bit"] > held["4bit"]
+    learn, lora = {"connector": 1e-3, "language": 1e-3}, {"r": 4, "alpha": 8.0}
+    said = {kind: recipe(learn=learn, lora=lora | {"quantize": kind}) for kind in ("none", "8bit", "4bit")}
+    held = {kind: parts.standing(subject(), one, Spread())[0][WEIGHTS] for kind, one in said.items()}
+    whole = parts.standing(subject(), recipe(learn=learn), Spread())[0][WEIGHTS]
+    assert whole > held["none"] > held["8bit"] > held["4bit"]
+    again = said["4bit"].model_copy(update={"train": said["4bit"].train.model_copy(update={"checkpointing": "full"})})
+    seen = counting.moments(subject(), again, micro(), Spread(accumulates=False))
+    assert max(one.total() for one in seen.most.values()) > 0
 
 
 def test_autocast_computes_in_half_precision_and_is_put_back() -> None:

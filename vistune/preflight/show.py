@@ -90,9 +90,7 @@ def _row(name: str, size: int, card: Card) -> tuple[str, str, str, str, str]:
 def verdict(report: Report) -> str:
     """Whether it fits, and by how much."""
     if report.fits and -report.missing < TIGHT * report.card.memory:
-        return (
-            f"fits barely: {both(-report.missing)} of {report.card.name} are left, less than the stated constants err"
-        )
+        return f"fits barely: {both(-report.missing)} of {report.card.name} are left, nothing to rely on"
     if report.fits:
         return f"fits: {both(-report.missing)} of {report.card.name} are left"
     return f"does NOT fit: {both(report.missing)} too much for {report.card.name}"
