@@ -140,7 +140,8 @@ def fold(weight: Tensor, adapter: Mapping[str, Tensor], config: Any, path: str) 
     inject_adapter_in_model(one, box)
     layer: Any = box.layer
     for name, tensor in adapter.items():
-        getattr(layer, name)["default"].weight = nn.Parameter(tensor.detach().to("cpu", torch.float32), requires_grad=False)
+        value = tensor.detach().to("cpu", torch.float32)
+        getattr(layer, name)["default"].weight = nn.Parameter(value, requires_grad=False)
     layer.merge()
     return layer.get_base_layer().weight.data.to(weight.dtype)
 
