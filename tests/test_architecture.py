@@ -241,7 +241,10 @@ TEXTS = [
     if path.is_file() and (path.suffix in (".py", ".md", ".toml", ".sh", ".yaml") or not path.suffix)
     if "golden" not in path.parts and path.name != "LICENSE" and not path.name.startswith(".git")
 ]
-PLACES = re.compile(r"(?<![\w.~>)}\"])/(?:home|root|work|mnt|opt(?!/rocm|/dtk|/hpc)|tmp)/\w|\bissues? #?\d+\b|\bfile:///", re.IGNORECASE)
+PLACES = re.compile(
+    r"(?<![\w.~>)}\"])/(?:home|root|work|mnt|opt(?!/rocm|/dtk|/hpc)|tmp)/\w|\bissues? #?\d+\b|\bfile:///",
+    re.IGNORECASE,
+)
 """Absolute paths of somebody's machine, and numbers of somebody's list of things to do."""
 
 

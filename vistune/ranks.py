@@ -57,9 +57,7 @@ def _device(name: str) -> torch.device:
 def _wrong(chosen: torch.device, named: bool, count: int, processes: int) -> str:
     """What is wrong with `processes` of this machine, which has `count` such devices, on the chosen one."""
     if not count:
-        return (
-            f"this machine has no {chosen.type} that torch can use; set train.device=cpu, or run `vistune doctor`"
-        )
+        return f"this machine has no {chosen.type} that torch can use; set train.device=cpu, or run `vistune doctor`"
     if named and chosen.index >= count:
         return f"{chosen} does not exist, this machine has {count} ({chosen.type}:0 to {chosen.type}:{count - 1})"
     if named and processes > 1:
