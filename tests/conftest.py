@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.made import made_data, stage0
+from vistune import console
 
 
 def pytest_addoption(parser):
@@ -17,6 +18,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))
+
+
+@pytest.fixture(autouse=True)
+def words_on_stdout(monkeypatch):
+    """A command with --json sends its words to stderr, for the rest of the process."""
+    monkeypatch.setattr(console.out, "stderr", False)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.mark.slow
 def test_quick_run_measures_us_and_agrees_with_the_stock_loop(data, tmp_path):
     out = tmp_path / "quick.json"
     words = ["--quick", "--threads", "1", "--data", str(data), "--out", str(out)]
@@ -53,6 +54,7 @@ def test_quick_run_measures_us_and_agrees_with_the_stock_loop(data, tmp_path):
     assert "vistune" in out.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_a_profile_accounts_for_the_whole_step(data, tmp_path):
     """On the quick run's data; bf16 is computed as such even where it is imitated."""
     import profile_step

@@ -33,6 +33,7 @@ def ran(tmp_path_factory):
     return folder, code, json.loads((folder / "tiny.json").read_text()), (folder / "tiny.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_case_runs_end_to_end(ran):
     from gpu_cases import CASES
 
@@ -47,6 +48,7 @@ def test_every_case_runs_end_to_end(ran):
     assert all(case.says in page for case in run) and "tiny shapes: no figure counts" in page
 
 
+@pytest.mark.slow
 def test_both_stacks_see_the_same_samples_and_lose_the_same(ran):
     by = {(row["case"], row["who"]): row for row in ran[2]["rows"]}
     pairs = [(by[case, "vistune"], stock) for (case, who), stock in by.items() if who == "stock"]
@@ -59,6 +61,7 @@ def test_both_stacks_see_the_same_samples_and_lose_the_same(ran):
         assert ours["positions"] <= stock["positions"]
 
 
+@pytest.mark.slow
 def test_the_slowest_case_is_profiled(ran):
     told = ran[2]["profile"]
     assert told["kinds"]["products"] > 0 and told["kinds"]["attention"] > 0
@@ -66,6 +69,7 @@ def test_the_slowest_case_is_profiled(ran):
     assert "## Profile" in ran[3]
 
 
+@pytest.mark.slow
 def test_real_shapes_have_the_published_parameters(ran, tmp_path):
     """Counts of tests/models/test_llava_sizes.py and test_onevision_sizes.py, without any weight being drawn."""
     from gpu_cases import SHAPES

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.made import made_recipe
 from tests.tiny import GOLDEN, tiny_language
-from vistune import cli, console
+from vistune import cli
 from vistune.train import stage
 
 ORIGINAL = GOLDEN / "llava" / "tiny-llava-original"
@@ -21,12 +21,6 @@ ORIGINAL = GOLDEN / "llava" / "tiny-llava-original"
 def original(tmp_path_factory):
     """The original's folders beside one another, with the tokenizer that transformers 5 reads."""
     return shutil.copytree(ORIGINAL, tmp_path_factory.mktemp("original") / "all")
-
-
-@pytest.fixture(autouse=True)
-def people_read_stdout(monkeypatch):
-    """--json turns this process's own console to stderr."""
-    monkeypatch.setattr(console.out, "stderr", False)
 
 
 def run(*words: object) -> int:

@@ -40,6 +40,12 @@ def warn(text: str) -> None:
     err.print(f"warning: {text}", style="yellow", markup=False)
 
 
+def warn_at_once(text: str) -> None:
+    """A warning from a signal's handler, which may stand in the midst of another line's printing."""
+    if not QUIET:
+        os.write(2, f"\nwarning: {text}\n".encode())
+
+
 def fail(text: str) -> None:
     """An error on stderr, from whichever rank it happened on."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", style="red", markup=False)

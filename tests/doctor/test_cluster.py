@@ -47,6 +47,7 @@ def test_two_ranks_meet_and_rank_0_speaks_for_both(port: int):
     assert "OMP_NUM_THREADS=999" in found["cores (rank 1)"]["found"] and found["cores (rank 1)"]["level"] == "warning"
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_in_vain_names_who_did_not_come(port: int):
     process = start(0, 3, port, "vistune.doctor.probes.meeting", "2", "[]")
     out, err = process.communicate(timeout=60)

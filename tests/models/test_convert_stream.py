@@ -31,6 +31,7 @@ def source(tmp_path_factory):
     return make(tmp_path_factory.mktemp("made") / "source", layers=12, hidden=512, words=4000, shard_bytes=20_000_000)
 
 
+@pytest.mark.slow
 def test_memory_grows_by_less_than_the_largest_shard(source, tmp_path):
     """Tens of megabytes, in a process of its own, so what Python and torch take is left out; the real size, where that
     counts too, is `benchmarks/convert_stream.py`."""

@@ -164,6 +164,7 @@ torch.save(given, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_vistune_opens_every_folder(folders, tmp_path):
     given, wanted = {}, {}
     for name in CASES:

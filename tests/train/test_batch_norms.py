@@ -35,6 +35,7 @@ def test_a_frozen_tower_keeps_its_statistics(made, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in statistics(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_two_ranks_train_it(made, tmp_path):
     run_both(recipe(made, tmp_path / "run"), tmp_path)
     before = load_file(made[0] / "model.safetensors")

@@ -24,7 +24,13 @@ def losses(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("lora", [{"quantize": "4bit", "double_quant": True}, {"quantize": "8bit", "dora": True}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"quantize": "4bit", "double_quant": True},
+        pytest.param({"quantize": "8bit", "dora": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_in_shards_are_one_process(made, tmp_path, lora):
     recipes = {}
     for shard in ("none", "zero3"):

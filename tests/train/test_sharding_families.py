@@ -13,6 +13,7 @@ from vistune.models.families import names
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(data, tmp_path):
     """Batches of three samples leave a rank without pictures at times. Batch norms that learn see their own rank's
     pictures, so FastViTHD is frozen here."""

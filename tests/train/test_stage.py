@@ -145,6 +145,7 @@ def test_resume_is_bit_for_bit(start, data, tmp_path, precision, monkeypatch):
         assert torch.equal(value, weights(broken)[name]), name
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(start, data, tmp_path):
     """kill -9 ten times, saves included (every step saves), then to the end: the same losses and weights."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

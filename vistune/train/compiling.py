@@ -18,6 +18,7 @@ from torch._inductor.exc import InductorError
 from vistune import console
 from vistune.models.families import Family
 from vistune.recipe import Recipe
+from vistune.train import recompute
 
 BACKEND = "inductor"
 RECOMPILES = 64
@@ -36,7 +37,7 @@ def wrap(model: nn.Module, family: Family, recipe: Recipe) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     plain: list[Callable[[], None]] = []
     for part in ("vision", "language"):
-        for layer in family.layers(model, part):
+        for layer in recompute.pieces(family.layers(model, part)):
             layer.forward = _Compiled(layer, plain)
 
 

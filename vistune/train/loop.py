@@ -97,7 +97,7 @@ class Stop:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        console.warn(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again ends it at once)")
+        console.warn_at_once(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again ends it at once)")
 
     def release(self) -> None:
         for number, handler in self._before.items():
@@ -240,7 +240,7 @@ class Loop:
         """Gradients of the step's mean loss over `supervised` tokens of all ranks, and that loss: fp32 scalar."""
         sharded = parallel.sharded(self.recipe)  # then every rank takes part in everything
         total = torch.zeros((), device=self.device)
-        factor = self.scale.value * (parallel.loss_factor() / max(1, supervised))
+        factor = self.scale.value / max(1, supervised)
         taken = [batch for batch in batches if sharded or len(batch.targets)]
         moved = upload(taken, self.device)
         for batch in taken:

@@ -73,12 +73,6 @@ def spread(held: Tensor, like: Tensor, columns: int | None = None) -> Tensor:
     return DTensor(held, DTensorSpec(like.device_mesh, like.placements, said), requires_grad=False)
 
 
-def loss_factor() -> float:
-    """What the loss is multiplied by so that the gradients that come out are sums over the ranks: shards are
-    summed, never averaged, on every backend."""
-    return 1.0
-
-
 def reduce(gradients: Sequence[Tensor]) -> None:
     """Sum over the ranks, in place, the gradients that sharding has not summed already."""
     sum_gradients([one for one in gradients if not isinstance(one, DTensor)])

@@ -6,7 +6,7 @@ A layer's forward is wrapped in place: names of weights, hooks and `state_dict` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,10 +49,18 @@ def wrap(model: nn.Module, family: Family, settings: Train) -> None:
     ):
         if kind == "none":
             continue
-        for layer in family.layers(model, part):
+        for layer in pieces(family.layers(model, part)):
             how = {"context_fn": _selective(_width(layer))} if kind == "selective" else {}
             again: Any = functools.partial(_again, layer, layer.forward, how)
             layer.forward = again
+
+
+def pieces(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """What is computed again, or compiled, at once: a layer, or each block of one that is several (a stage of
+    FastViTHD has up to 24)."""
+    for layer in layers:
+        blocks = getattr(layer, "blocks", None)
+        yield from blocks if isinstance(blocks, nn.ModuleList) else [layer]
 
 
 def _again(layer: nn.Module, forward: Any, how: dict[str, Any], *given: Any, **named: Any) -> Any:
