@@ -39,6 +39,8 @@ def prove(recipe: Recipe, packs: int = 8, world: Sequence[int] = (1, 2, 4, 8)) -
     """
     if packs < 1:
         raise ValueError(f"packs = {packs}: at least one pack is needed for a proof")
+    whole = recipe.parallel.model_copy(update={"shard": "none", "offload": False})  # gradients are compared whole
+    recipe = recipe.model_copy(update={"parallel": whole})
     device = ranks.start(recipe.train.device, recipe.parallel.timeout)
     try:
         precision.allow_tf32(recipe.train.tf32, device)

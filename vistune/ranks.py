@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 
-def start(device: str = "auto", timeout: float = 1800.0) -> torch.device:
-    """Join the process group that `torchrun` describes, if there is one, and choose this rank's device.
+def start(device: str = "auto", timeout: float = 1800.0, group: bool = False) -> torch.device:
+    """Join the process group that `torchrun` describes, if there is one, and choose this rank's device. `group`: this
+    process alone makes one where there is none; what lies in shards needs it.
 
     `device` is "auto", "cpu" or anything `torch.device` takes; "cuda" is each process's own. Raises ValueError for a
     device that is not there, or not there for as many processes.
@@ -23,6 +24,8 @@ def start(device: str = "auto", timeout: float = 1800.0) -> torch.device:
     chosen = _device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group(_backend(chosen.type), timeout=timedelta(seconds=timeout))
+    elif group and not dist.is_initialized():
+        dist.init_process_group(_backend(chosen.type), store=dist.HashStore(), rank=0, world_size=1)
     return chosen
 
 

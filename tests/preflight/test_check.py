@@ -139,4 +139,4 @@ def test_the_verb_prints_json_and_leaves_with_one_when_it_does_not_fit(tmp_path:
 def test_one_line_for_a_step_that_ran_out_of_memory(tmp_path: Path) -> None:
     subject().config.save_pretrained(tmp_path)
     line = check.figure(recipe(model={"start": str(tmp_path)}), [100, 28], 2)
-    assert "preflight counts" in line and "GiB" in line
+    assert "of tensors" in line and "GiB" in line

@@ -119,7 +119,4 @@ def figure(recipe: Recipe, lengths: Sequence[int], images: int, gpus: int = 1) -
     supervised = max(0, sum(lengths) - sum(pictures))
     one = steps.micro(subject.layout, recipe, lengths, supervised, pictures)
     seen = parts.memory(subject, recipe, one, gpus=gpus)
-    return (
-        f"preflight counts {both(seen.peak)} of tensors for such a micro-batch, {both(seen.needed)} of the card; "
-        "`vistune preflight RECIPE` says what would fit"
-    )
+    return f"It counts {both(seen.peak)} of tensors for such a micro-batch, {both(seen.needed)} of the card."

@@ -79,9 +79,9 @@ class Memory:
 def spread_of(recipe: Recipe, gpus: int, accumulates: bool) -> Spread:
     """How the recipe divides tensors over so many GPUs. ValueError for replicas that do not come out even."""
     said = recipe.parallel
-    if said.shard == "none" or gpus == 1:
+    if said.shard == "none" or (gpus == 1 and not said.offload):
         return Spread(accumulates=accumulates)
-    if gpus % said.replicas:
+    if gpus > 1 and gpus % said.replicas:
         raise ValueError(f"parallel.replicas = {said.replicas}: {gpus} GPUs cannot be dealt to so many copies")
     return Spread(max(1, gpus // said.replicas), said.shard == "zero3", not said.offload, accumulates)
 

@@ -11,7 +11,7 @@ from vistune.preflight.parts import PARTS, Memory
 from vistune.preflight.sizes import GB, GIB, Card, both
 from vistune.preflight.timing import Time
 
-WIDE = 40
+WIDE = 18
 """Characters of a bar that is as long as the card."""
 
 
@@ -98,7 +98,7 @@ def verdict(report: Report) -> str:
 
 def show_remedies(report: Report) -> None:
     rows = [
-        (" ".join(one.words), "yes" if one.fits else "no", f"{one.memory.needed / GB:,.1f}",
+        ("\n".join(one.words), "yes" if one.fits else "no", f"{one.memory.needed / GB:,.1f}",
          f"{one.memory.needed / GIB:,.1f}", f"{one.memory.needed / report.card.memory:.0%}", one.note)
         for one in report.remedies
     ]  # fmt: skip

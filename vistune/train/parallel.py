@@ -25,8 +25,9 @@ BUCKET_BYTES = 64 << 20
 
 
 def sharded(recipe: Recipe) -> bool:
-    """Whether the weights lie in shards: the recipe says so and there is more than one rank."""
-    return recipe.parallel.shard != "none" and ranks.world() > 1
+    """Whether the weights lie in shards: the recipe says so, and there is more than one rank, or what is offloaded is one
+    rank's shard, which is all of it."""
+    return recipe.parallel.shard != "none" and (ranks.world() > 1 or recipe.parallel.offload)
 
 
 def prepare(
@@ -38,7 +39,7 @@ def prepare(
     said = recipe.parallel
     if said.shard != "none" and not sharded(recipe):
         console.say(
-            f"parallel.shard = {said.shard}: one rank, nothing is sharded{' or offloaded' if said.offload else ''}; "
+            f"parallel.shard = {said.shard}: one rank, nothing is sharded; "
             f"steps are the same {recipe.train.batch} {recipe.train.unit}, by accumulation"
         )
     config: Any = model.config

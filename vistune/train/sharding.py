@@ -48,7 +48,7 @@ def lay_mesh(settings: Parallel, device: torch.device) -> DeviceMesh:
     """All ranks in a row, or `settings.replicas` rows of neighbours (the ranks of a node are neighbours), each with a
     whole copy of the weights. ValueError when the ranks cannot be dealt so."""
     world, replicas = ranks.world(), settings.replicas
-    if replicas == 1:
+    if replicas == 1 or world == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     if world % replicas or replicas == world:
         said = f"{world} ranks cannot be dealt to {replicas} copies of two ranks and more"

@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     Returns the summary that is also written to `summary.json`: steps, losses, seconds, the model folder.
     Raises ValueError for what the user can mend, Interrupted after a signal.
     """
-    device = ranks.start(recipe.train.device, recipe.parallel.timeout)
+    device = ranks.start(recipe.train.device, recipe.parallel.timeout, group=recipe.parallel.offload)
     try:
         with Watchdog(recipe.parallel.timeout) as watch, lock.alone(Path(recipe.run)):
             return _run(recipe, device, watch)

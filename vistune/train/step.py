@@ -36,4 +36,4 @@ class StepModule(nn.Module):
         hidden_TD = self.family.hidden(self.model, batch.ids, batch.positions, batch.lengths, pixels, batch.grids)
         for held, before in kept:  # nobody's picture is no part of the statistics
             held.data.copy_(before)
-        return cross_entropy_sum(hidden_TD[batch.rows], self.family.head(self.model), batch.targets)
+        return cross_entropy_sum(hidden_TD.index_select(0, batch.rows), self.family.head(self.model), batch.targets)
