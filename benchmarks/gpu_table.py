@@ -103,7 +103,7 @@ def markdown(result: Row) -> str:
     found = summary(rows, result.get("preflight"))
     lines += [f"|{'|'.join(_cells(one))}|" for one in found]
     lines += [
-        f"|{case.says}|stock|n/a: no stock class trains it (`transformers` has none for OneVision; FastVLM's needs timm)|"
+        f"|{case.says}|stock|n/a: no stock class (none for OneVision; FastVLM's needs timm)|"
         for case in gpu_cases.CASES
         if not case.padded and any(one["case"] == case.name for one in found)
     ]

@@ -111,6 +111,7 @@ def test_first_fit_is_what_the_plain_loop_gives(sizes):
     assert first_fit(np.array(sizes), 20) == len(rooms)
 
 
+@pytest.mark.slow
 def test_memory_is_seen_from_outside(asked, tmp_path):
     """The driver's own process, on the part that holds the whole file."""
     import data_scale
@@ -121,6 +122,7 @@ def test_memory_is_seen_from_outside(asked, tmp_path):
     assert "| whole_json |" in data_scale.table({"parts": {"whole_json": found}})
 
 
+@pytest.mark.slow
 def test_the_plain_dataset_and_ours_do_the_same_work(tmp_path):
     import loader
 

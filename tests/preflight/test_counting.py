@@ -91,6 +91,7 @@ def test_a_pretended_step_takes_what_a_real_one_takes(
     assert pretending == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("again", "spread"), [("full", Spread()), ("none", Spread(shards=4)), ("full", Spread(shards=4, zero3=True))]
 )
@@ -132,6 +133,7 @@ def test_what_the_optimizer_keeps_of_a_matrix(words: dict[str, Any], bytes_each:
     assert parts.state(recipe(**words), weight, 8) == bytes_each * weight.numel() / 8
 
 
+@pytest.mark.slow
 def test_more_care_takes_less() -> None:
     def needed(gpus: int = 1, **words: Any) -> int:
         said = recipe(learn={"connector": 1e-3, "language": 1e-3}, **words)

@@ -45,6 +45,7 @@ def test_compiled_equals_eager(kind):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]  # two layers, one graph
 
 
+@pytest.mark.slow
 def test_rice_blocks_compile_once_for_all_pictures():
     torch.manual_seed(0)
     config = RiceConfig(depth=2, embed_dim=32, hidden_size=32, num_heads=2, intermediate_size=48, text_hidden_size=16)

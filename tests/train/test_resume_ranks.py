@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAME = ("step", "tokens", "supervised", "samples", "consumed_samples")
 
 
+@pytest.mark.slow
 def test_one_two_four_one(start, tmp_path):
     """Every step has the same samples and, but for the order of sums, the same loss; what was set aside stays so."""
     data = made_data(tmp_path / "data")

@@ -23,6 +23,7 @@ def tied(tmp_path_factory):
     return folder / "stage0"
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_one(tied, data, tmp_path):
     learn = {"connector": 1e-3, "language": 2e-4}
 

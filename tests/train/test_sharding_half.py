@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PRECISIONS = ("bf16", "bf16_true", "fp16")
 
 
+@pytest.mark.slow
 def test_two_ranks_are_near_one(start, data, tmp_path, monkeypatch):
     """Not every rounding is the same; what is wrong by a factor, or not finite, is."""
     monkeypatch.setattr(precisions, "has_bf16", lambda device: True)

@@ -74,6 +74,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(made, tmp_path, killed):
     assert checkpoint.folders(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_its_data_for_ever_is_named(made, tmp_path, monkeypatch):
     hanging(monkeypatch, rank=1, step=3)
     both = start_ranks(made, tmp_path, "parallel.timeout=6", world=2)

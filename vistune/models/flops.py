@@ -6,8 +6,10 @@ counted. Knows no family: a family lists its pieces in the order of the forward 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -72,3 +74,15 @@ def chosen(text: str, layers: int) -> list[int]:
     except (ValueError, IndexError):
         raise ValueError(f"layers.{text}: give an index or a slice of {layers} layers, like 3, -4: or 0:8") from None
     return list(range(layers))[slice(*bounds)]
+
+
+_KNOWN: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+
+def remembered(config: Any, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `count` gives for this config, asked once for each object: every micro-batch wants it, and the JSON by which
+    equal configs are told takes milliseconds to write."""
+    known = _KNOWN.get(id(config))
+    if known is None or known[0]() is not config:
+        _KNOWN[id(config)] = known = (weakref.ref(config), count())
+    return known[1]

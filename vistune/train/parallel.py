@@ -25,8 +25,8 @@ BUCKET_BYTES = 64 << 20
 
 
 def sharded(recipe: Recipe) -> bool:
-    """Whether the weights lie in shards: the recipe says so, and there is more than one rank, or what is offloaded is one
-    rank's shard, which is all of it."""
+    """Whether the weights lie in shards: the recipe says so, and there is more than one rank, or what is offloaded is
+    one rank's shard, which is all of it."""
     return recipe.parallel.shard != "none" and (ranks.world() > 1 or recipe.parallel.offload)
 
 

@@ -80,10 +80,10 @@ def recipe_of(folder: Path) -> recipes.Recipe:
 
 def read_learned(folder: Path, lora: recipes.Lora) -> merge.Learned:
     """What learned, as a checkpoint holds it; tensors are read when asked for, by this process alone."""
-    held = _metadata(folder).state_dict_metadata
+    known = _metadata(folder)
     tensors = {
-        name.removeprefix(_MODEL): _entry(folder, name, one)
-        for name, one in held.items()
+        name.removeprefix(_MODEL): _entry(folder, name, one, known)
+        for name, one in known.state_dict_metadata.items()
         if name.startswith(_MODEL) and isinstance(one, TensorStorageMetadata)
     }
     return merge.sort(tensors, merge.lora_config(lora, []) if lora.r else None)
@@ -96,12 +96,23 @@ def _metadata(folder: Path) -> Any:
         raise ValueError(f"{folder}: {INDEX} cannot be read ({error}); take another checkpoint of the run") from error
 
 
-def _entry(folder: Path, name: str, one: TensorStorageMetadata) -> Entry:
+class _Reader(dcp.FileSystemReader):
+    """Reads tensors of a checkpoint whose metadata is known: reading that anew takes longer than a tensor does."""
+
+    def __init__(self, folder: Path, known: Any):
+        super().__init__(folder)
+        self.known = known
+
+    def read_metadata(self, *given: Any, **named: Any) -> Any:
+        return self.known
+
+
+def _entry(folder: Path, name: str, one: TensorStorageMetadata, known: Any) -> Entry:
     def read() -> Tensor:
         tensors = {name: torch.empty(one.size, dtype=one.properties.dtype)}
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # of this process alone: meant
         try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+            dcp.load(tensors, storage_reader=_Reader(folder, known), no_dist=True)
         except (Exception, CheckpointException) as error:  # the last is no Exception to DCP
             raise ValueError(f"{folder}: {name} cannot be read; take another checkpoint of the run") from error
         return tensors[name]

@@ -33,7 +33,7 @@ from transformers.models.fast_vlm.modeling_fast_vlm import (
 from vistune.images import FixedLayout, Layout
 from vistune.models import language as lm
 from vistune.models.families.llava import Llava
-from vistune.models.flops import Piece, learns, linear_weights, total
+from vistune.models.flops import Piece, learns, linear_weights, remembered, total
 from vistune.models.towers import clip, fastvithd
 
 RESOLUTIONS = range(256, 1536 + 1, fastvithd.STRIDE)
@@ -132,7 +132,7 @@ class FastVlmFamily(Llava):
         grids: Tensor | None = None,
     ) -> int:
         """See `Family.flops`. An image's share is that of `config.image_seq_length`, which `layout` sets."""
-        weights = _weights(config.to_json_string(use_diff=False))
+        weights = remembered(config, lambda: _weights(config.to_json_string(use_diff=False)))
         pieces = _vision_pieces(config, weights, images, learn) if images else []
         return total([*pieces, *lm.pieces(config.text_config, weights, lengths, supervised, learn)])
 

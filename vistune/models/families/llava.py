@@ -20,7 +20,7 @@ from vistune.images import Layout
 from vistune.models import attention
 from vistune.models import language as lm
 from vistune.models.families import family
-from vistune.models.flops import total
+from vistune.models.flops import remembered, total
 from vistune.models.towers import clip
 from vistune.samples import IMAGE_MARK
 
@@ -151,7 +151,7 @@ class Llava:
         grids: Tensor | None = None,
     ) -> int:
         """See `Family.flops`. Unused last vision layers are not run and not counted."""
-        weights = _weights(self.name, config.to_json_string(use_diff=False))
+        weights = remembered(config, lambda: _weights(self.name, config.to_json_string(use_diff=False)))
         pieces = clip.pieces(config, weights, images, learn) if images else []
         return total([*pieces, *lm.pieces(config.text_config, weights, lengths, supervised, learn)])
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Processo
 from vistune.images import Layout
 from vistune.models import attention
 from vistune.models import language as lm
-from vistune.models.flops import total
+from vistune.models.flops import remembered, total
 from vistune.models.shipped import (
     configuration_llavaonevision1_5,
     modeling_llavaonevision1_5,
@@ -210,7 +210,8 @@ class OneVision15:
     ) -> int:
         """See `Family.flops`."""
         said: Any = config
-        weights = _weights(said.text_config.to_json_string(use_diff=False))
+        text = said.text_config
+        weights = remembered(text, lambda: _weights(text.to_json_string(use_diff=False)))
         seen = rice.pieces(said.vision_config, grids, learn) if images and grids is not None else []
         return total([*seen, *lm.pieces(said.text_config, weights, lengths, supervised, learn)])
 
