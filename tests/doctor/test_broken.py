@@ -71,6 +71,7 @@ def broken(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     return doctor(folder, *words, CUDA_HOME=str(folder / "toolkit")), folder
 
 
+@pytest.mark.slow
 def test_a_missing_library_is_found_where_it_lies(broken):
     done, folder = broken
     one = findings(done)["import torch"]

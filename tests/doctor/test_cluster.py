@@ -35,6 +35,7 @@ def port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_meet_and_rank_0_speaks_for_both(port: int):
     words = ("vistune", "doctor", "--json", "--only", "processes", "--only", "ranks")
     both = [start(0, 2, port, *words), start(1, 2, port, *words, OMP_NUM_THREADS="999")]

@@ -73,6 +73,7 @@ def test_dropout_is_of_the_scores():
     assert (torch.stack(runs).mean(0) - whole).abs().mean() < 0.15 * whole.abs().mean()
 
 
+@pytest.mark.slow
 def test_compiled_layers_serve_every_pack():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -35,6 +36,7 @@ def test_a_stage_trains_all_three_parts_at_their_own_rates_and_its_folder_opens(
     assert rates.keys() == {"connector", "vision", "language"} and len(set(rates.values())) == 3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_statistics_it_had(tmp_path):
     start, file, weights = tiny_fastvlm(tmp_path / "start"), made_data(tmp_path / "data", rows=8), []
     for name, stops in (("whole", (4,)), ("twice", (2, 4))):

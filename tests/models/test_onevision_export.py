@@ -86,6 +86,7 @@ def written(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_process_without_vistune(written: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.npz"
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -30,7 +30,7 @@ def anew(monkeypatch):
     compiling.missing.cache_clear()
 
 
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "selective", "full"])
 def test_compiled_equals_eager(kind):
     plain, compiled = llama(), llama()
     recompute.wrap(compiled, Of(compiled.layers), settings(kind))

@@ -17,6 +17,7 @@ from vistune.train import precision as precisions
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "shard", "near"),
     [("fp32", "zero2", 1e-5), pytest.param("bf16_stochastic", "zero3", 2e-3, marks=pytest.mark.slow)],

@@ -14,9 +14,9 @@ from vistune.train import precision as precisions
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [
     ("adamw8bit", "fp32"),
-    ("adamw8bit", "bf16_true"),
+    pytest.param("adamw8bit", "bf16_true", marks=pytest.mark.slow),
     ("adamw8bit", "bf16_stochastic"),
-    ("adamw", "bf16_stochastic"),
+    pytest.param("adamw", "bf16_stochastic", marks=pytest.mark.slow),
 ]
 
 

@@ -58,6 +58,7 @@ def ledger(run: Path) -> str:
     return (run / "quarantine.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_the_ledger_is_the_same_on_ranks_and_after_a_kill(broken, tmp_path):
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     finish(start_ranks(broken, tmp_path), tmp_path)

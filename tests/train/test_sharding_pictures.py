@@ -30,6 +30,7 @@ def few(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_fifty_steps(start, few, tmp_path):
     """Where neither has one nothing learns, and there is no backward pass."""
 

@@ -122,7 +122,10 @@ def test_a_connector_checkpoint_holds_only_the_connector(start, data, tmp_path):
     assert sum(f.stat().st_size for f in folder.iterdir()) < 0.25 * (start / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_true", "fp16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", "bf16", pytest.param("bf16_true", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow)],
+)
 def test_resume_is_bit_for_bit(start, data, tmp_path, precision, monkeypatch):
     """Stopped by a fault after step 3, taken up from the checkpoint of step 2."""
     monkeypatch.setattr(precisions, "has_bf16", lambda device: True)  # also on a CPU that only imitates it
@@ -196,6 +199,7 @@ def test_ctrl_c_with_workers_saves_once(start, data, tmp_path):
     assert output.count("saving after this step") == 1 and checkpoint.folders(run)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(start, data, tmp_path):
     """The samples of every step are the same set and order; losses agree to 1e-5; a run of one goes on as two."""
     one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "more"

@@ -59,7 +59,7 @@ def hanging(monkeypatch, rank, step):
     monkeypatch.setattr(loader._Steps, "batches", batches)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_and_is_named(made, tmp_path, killed):
     """Rank 0 is the one on which the store is."""
     both = start_ranks(made, tmp_path, world=2)
