@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tests.tiny import tiny_language, tiny_vision
@@ -27,7 +28,10 @@ def made_data(folder: Path, rows: int = 24, seed: int = 0) -> Path:
         names = [f"{row}_{i}.png" for i in range(count)]
         for name in names:
             size = (draw.randint(40, 90), draw.randint(40, 90))
-            Image.effect_noise(size, 80).convert("RGB").save(pictures / name)
+            noise = np.frombuffer(random.Random(f"{seed} {name}").randbytes(size[0] * size[1]), np.uint8).reshape(
+                size[::-1]
+            )
+            Image.fromarray(noise).convert("RGB").save(pictures / name)
         turns = []
         for turn in range(draw.randint(1, 3)):
             mark = "<image>\n" * (count if turn == 0 else 0)
