@@ -336,3 +336,17 @@ def test_an_error_of_the_work_is_raised_here():
         "b": [],
         "c": [3],
     }
+
+
+def test_a_process_that_never_comes_up_is_replaced(tmp_path, monkeypatch):
+    first, serve = tmp_path / "first", guarded._serve
+
+    def stuck_once(*given):
+        if not first.exists():
+            first.touch()
+            time.sleep(60)
+        serve(*given)
+
+    monkeypatch.setattr(guarded, "START", 0.5)
+    monkeypatch.setattr(guarded, "_serve", stuck_once)
+    assert dict(guarded.run(abs, [("a", [-1, 2])], workers=1)) == {"a": [1, 2]} and first.exists()

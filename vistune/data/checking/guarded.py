@@ -14,6 +14,10 @@ from typing import Any
 
 from vistune.data.processes import context
 
+START = 60.0
+"""Seconds in which a new process says that it is up, twice as many at each further try: one that is forked beside other
+threads may, rarely, never come up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lost:
@@ -42,7 +46,8 @@ def run(
             worker.take(source)
         while busy := [worker for worker in pool if worker.busy]:
             watched: list[Any] = [worker.pipe for worker in busy]
-            wait(watched + [worker.process.sentinel for worker in busy], timeout=None if seconds is None else 0.1)
+            patient = seconds is None and all(worker.began is not None for worker in busy)
+            wait(watched + [worker.process.sentinel for worker in busy], timeout=None if patient else 0.1)
             for worker in busy:
                 worker.collect(seconds)
                 if worker.done:
@@ -62,6 +67,7 @@ class _Worker:
         self.tasks: Sequence[Any] = ()
         self.results: list[Any] = []
         self.busy = False
+        self.patience = START
         self.start()
 
     def start(self) -> None:
@@ -71,6 +77,7 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
+        self.born = time.monotonic()
         self.began: float | None = None  # until it says that it is up, its time does not count
 
     def take(self, source: Iterator[tuple[Any, Sequence[Any]]]) -> None:
@@ -97,6 +104,9 @@ class _Worker:
         if not self._drain() and not self.done:
             self.process.join(5)
             self._lose(Lost(False, f"the process that worked on it died (exit code {self.process.exitcode})"))
+        elif self.began is None and time.monotonic() - self.born > self.patience:
+            self.patience *= 2
+            self._renew()
         elif seconds is not None and self.began is not None and time.monotonic() - self.began > seconds:
             self._lose(Lost(True, f"not done after {seconds:g} s"))
 
@@ -117,8 +127,11 @@ class _Worker:
         return True
 
     def _lose(self, lost: Lost) -> None:
-        self.stop()
         self.results.append(lost)
+        self._renew()
+
+    def _renew(self) -> None:
+        self.stop()
         self.start()
         self.give()
 
