@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from vistune import recipe as recipes
 from vistune.data.batch import Batch
-from vistune.train import metrics, precision, stage
+from vistune.train import metrics, stage
 from vistune.train.loop import Loop
+from vistune.train.spreading import precision
 
 TRANSFORMERS = transformers.__version__
 PROFILED = 2

@@ -25,8 +25,9 @@ import vistune
 from vistune import recipe as recipes
 from vistune.data.batch import Batch
 from vistune.samples import NO_LOSS
-from vistune.train import metrics, precision, stage
+from vistune.train import metrics, stage
 from vistune.train.loop import Loop
+from vistune.train.spreading import precision
 
 VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, vistune, PIL)}
 

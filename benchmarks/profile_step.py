@@ -36,8 +36,9 @@ from stages import Stage, data_of
 from torch.profiler import ProfilerActivity, profile
 
 from vistune.data.batch import Batch
-from vistune.train import precision, stage
+from vistune.train import stage
 from vistune.train.loop import Loop
+from vistune.train.spreading import precision
 
 HERE = Path(__file__).resolve().parent
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

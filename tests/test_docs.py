@@ -15,7 +15,7 @@ from vistune import recipe
 from vistune.cli import app
 from vistune.samples import FaultCode
 from vistune.templates import TEMPLATES
-from vistune.train.checkpoint import MAY_DIFFER
+from vistune.train.keeping.checkpoint import MAY_DIFFER
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

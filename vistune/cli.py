@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vistune import __version__, cli_data, cli_models, cli_preflight, console
+from vistune import __version__, cli_data, cli_evaluate, cli_models, cli_preflight, console
 
 app = typer.Typer(
     add_completion=False,
@@ -46,6 +46,8 @@ def quickstart(
 
 for _verb in (cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch, cli_preflight.preflight):
     app.command()(_verb)
+for _verb in (cli_evaluate.evaluate, cli_evaluate.score, cli_evaluate.report):
+    app.command()(_verb)
 
 
 @app.command()
@@ -57,7 +59,7 @@ def train(
     """Train one stage. The same command takes an interrupted run up again. Under torchrun: one process per GPU."""
     from vistune import recipe as recipes
     from vistune.train import stage
-    from vistune.train.out_of_memory import OutOfMemory
+    from vistune.train.guarding.out_of_memory import OutOfMemory
 
     cli_models.only_json(json)
     wanted = recipes.read(recipe, words or [])

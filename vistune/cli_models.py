@@ -126,7 +126,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """Fold a run's adapters into the model they were trained on, one tensor at a time."""
-    from vistune.train import merge as room
+    from vistune.train.keeping import merge as room
 
     only_json(json)
     folder = room.merge(run, out or None, base=base or None, step=None if step < 0 else step)

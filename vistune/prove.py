@@ -19,7 +19,8 @@ from vistune.data.batch import Batch, Item, collate, read_planned
 from vistune.inputs import Data
 from vistune.models import load as models
 from vistune.recipe import Recipe
-from vistune.train import learn, precision, stage
+from vistune.train import learn, stage
+from vistune.train.spreading import precision
 from vistune.train.step import StepModule
 
 # Largest relative difference of the losses, and of the gradients, that rounding explains: fp32 sums in another order;

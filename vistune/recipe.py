@@ -187,6 +187,22 @@ class Log(Section):
     peak_tflops: float = Field(0.0, ge=0, description="the device's, for MFU; 0: measured at the start")
 
 
+class Evaluate(Section):
+    """What is asked of the model while it trains, and at the end. The training is the same with it and without."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end alone")
+    held_out: list[Source] = Field([], description="tables [[evaluate.held_out]]: the loss on their samples")
+    benchmarks: list[str] = Field([], description="names, see evaluate.md")
+    data: str = Field("", description="folder of the benchmarks' files")
+    limit: int = Field(0, ge=0, description="questions of each benchmark, spread over it; 0: all")
+    batch: int = Field(8, ge=1, description="questions that each GPU answers at once")
+    samples: int = Field(8, ge=0, description="answers of each benchmark that the report shows")
+    best: str = Field(
+        "",
+        description="what the best checkpoint is kept by: held_out_loss, BENCHMARK, BENCHMARK.SCORE; empty: the first",
+    )
+
+
 class Recipe(Section):
     """One stage, resolved."""
 
@@ -201,6 +217,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -222,6 +239,10 @@ class Recipe(Section):
         weights = [source.weight > 0 for source in self.data.sources]
         if any(weights) and not all(weights):
             raise ValueError("data.sources: some have a weight and some have none; give one to each, or to none")
+        if self.evaluate.benchmarks and not self.evaluate.data:
+            raise ValueError('evaluate.benchmarks: where do their files lie? Add data = "..." to [evaluate]')
+        if self.evaluate.every and not (self.evaluate.held_out or self.evaluate.benchmarks):
+            raise ValueError("evaluate.every: nothing is asked; add [[evaluate.held_out]] or evaluate.benchmarks")
         if self.optimizer.warmup > 1 and self.optimizer.warmup != int(self.optimizer.warmup):
             raise ValueError(f"optimizer.warmup = {self.optimizer.warmup}: a share below 1, or whole steps")
         return self

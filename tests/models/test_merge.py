@@ -15,7 +15,7 @@ from vistune.models import merge as room
 from vistune.models import weights
 from vistune.models.load import load
 from vistune.train import stage
-from vistune.train.merge import merge
+from vistune.train.keeping.merge import merge
 
 LORA = {"connector": 1e-3, "language": 1e-2}
 

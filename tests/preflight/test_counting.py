@@ -16,7 +16,7 @@ from tests.preflight.tiny import micro, recipe, subject
 from vistune.preflight import counting, parts, pretend
 from vistune.preflight.counting import GRADIENTS, OPTIMIZER, WEIGHTS, Spread
 from vistune.preflight.pretend import CUDA, Ledger, pretended
-from vistune.train import recompute
+from vistune.train.spreading import recompute
 from vistune.train.step import StepModule
 
 

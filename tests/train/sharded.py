@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from vistune import inputs, ranks
 from vistune.recipe import Recipe
-from vistune.train import learn, parallel, stage
+from vistune.train import learn, stage
 from vistune.train import loop as loops
+from vistune.train.spreading import parallel
 
 
 def take_steps(recipe: Recipe, count: int, look: Callable[[Any], None] = lambda batches: None) -> dict[str, Any]:

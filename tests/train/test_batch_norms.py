@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tests.made import made_data, made_recipe
 from tests.runs import run_both
 from tests.tiny_fastvlm import tiny_fastvlm
-from vistune.train import parallel, stage
+from vistune.train import stage
+from vistune.train.spreading import parallel
 
 LEARN = {"connector": 1e-3, "vision": 2e-4}
 

@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from tests.made import made_recipe
 from tests.runs import finish_run, start_run
 from vistune import ranks
-from vistune.train import checkpoint, loop, metrics, saving, stage
+from vistune.train import loop, metrics, stage
+from vistune.train.keeping import checkpoint, saving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from vistune import ranks
-from vistune.train import checkpoint, saving
+from vistune.train.keeping import checkpoint, saving
 
 STATE = {"state": {"step": 2}, "quarantine": [{"source": "a", "row": 3}]}
 

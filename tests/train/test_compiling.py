@@ -15,7 +15,7 @@ from vistune.models import attention
 from vistune.models.shipped.configuration_llavaonevision1_5 import RiceConfig
 from vistune.models.shipped.modeling_llavaonevision1_5 import RiceTransformerPretrainedModel
 from vistune.models.towers import rice
-from vistune.train import compiling, recompute
+from vistune.train.spreading import compiling, recompute
 
 RECIPE = SimpleNamespace(train=SimpleNamespace(compile=True, device="cpu"))
 

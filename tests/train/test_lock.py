@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from tests.made import made_recipe
-from vistune.train import lock, stage
+from vistune.train import stage
+from vistune.train.guarding import lock
 
 
 def dead_pid():

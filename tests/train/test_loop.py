@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vistune import recipe as recipes
 from vistune.data.batch import Batch
 from vistune.recipe import Rate
-from vistune.train import loop, parallel
+from vistune.train import loop
+from vistune.train.guarding.quarantine import Ledger
 from vistune.train.learn import Learned
 from vistune.train.loop import Loop, OutOfMemory, State
-from vistune.train.loss_scale import CLEAN, DeviceScale, LossScale
-from vistune.train.optimizer import Optimizer
-from vistune.train.quarantine import Ledger
+from vistune.train.spreading import parallel
+from vistune.train.updating.loss_scale import CLEAN, DeviceScale, LossScale
+from vistune.train.updating.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 TIMES = ("ms", "seconds", "tokens_per_s", "supervised_per_s", "samples_per_s", "mfu", "eta_s", "memory")
@@ -210,7 +211,7 @@ class Reads(TorchDispatchMode):
 def test_a_step_reads_nothing_on_the_host(tmp_path, dtype, name, monkeypatch):
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-        monkeypatch.setattr("vistune.train.moments.SMALL", 64)
+        monkeypatch.setattr("vistune.train.updating.moments.SMALL", 64)
     made, _, _ = a_loop(tmp_path, Model(), dtype=dtype, optimizer={"name": name})
     made.late = 1
     stop = loop.Stop()
@@ -229,7 +230,7 @@ def test_a_step_on_a_gpu_does_not_wait_and_equals_the_cpus(tmp_path, name, monke
     """Four steps asked for while every wait of the host is an error; rows, weights and clocks after it."""
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-        monkeypatch.setattr("vistune.train.moments.SMALL", 64)
+        monkeypatch.setattr("vistune.train.updating.moments.SMALL", 64)
     host, rows, _ = a_loop(tmp_path / "a", Model(), optimizer={"name": name}, steps=4)
     host.run(iter(all_batches(0, 4, 3)))
     there, later, _ = a_loop(tmp_path / "b", Model().cuda(), optimizer={"name": name}, steps=4)

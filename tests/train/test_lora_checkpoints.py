@@ -16,7 +16,7 @@ from vistune.models import checkpoints
 from vistune.models.convert import convert
 from vistune.models.load import load
 from vistune.train import stage
-from vistune.train.merge import merge
+from vistune.train.keeping.merge import merge
 
 KINDS = {
     "whole": {},

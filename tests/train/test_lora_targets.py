@@ -18,7 +18,7 @@ from vistune.models.families import family
 from vistune.models.load import load, save
 from vistune.recipe import Lora
 from vistune.train import adapters, learn
-from vistune.train.merge import merge
+from vistune.train.keeping.merge import merge
 
 IDS = torch.arange(5, 45)[None]
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from vistune.recipe import Optimizer as Settings
 from vistune.recipe import Rate
-from vistune.train import adamw, optimizer
 from vistune.train.learn import Learned
-from vistune.train.optimizer import Optimizer, schedule
+from vistune.train.updating import adamw, optimizer
+from vistune.train.updating.optimizer import Optimizer, schedule
 
 
 def test_cosine_to_a_floor_as_a_published_log_shows_it():
@@ -142,7 +142,7 @@ KINDS = [(d, n, s) for d in (torch.float32, torch.bfloat16) for n in ("adamw", "
 def test_a_skipped_step_leaves_everything_to_the_bit(dtype, name, seed, monkeypatch):
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-        monkeypatch.setattr("vistune.train.moments.SMALL", 64)
+        monkeypatch.setattr("vistune.train.updating.moments.SMALL", 64)
     mine = learned(dtype)
     made = Optimizer(SETTINGS.model_copy(update={"name": name}), mine, steps=9, rounding_seed=seed)
     give_gradients(mine, 1)

@@ -8,10 +8,10 @@ from torch import nn
 
 from vistune.recipe import Optimizer as Settings
 from vistune.recipe import Rate
-from vistune.train import moments
-from vistune.train import optimizer as room
 from vistune.train.learn import Learned
-from vistune.train.optimizer import Optimizer
+from vistune.train.updating import moments
+from vistune.train.updating import optimizer as room
+from vistune.train.updating.optimizer import Optimizer
 
 bnb = pytest.importorskip("bitsandbytes")
 SETTINGS = Settings(name="adamw8bit", betas=(0.9, 0.95), schedule="constant", warmup=0, weight_decay=0.1)

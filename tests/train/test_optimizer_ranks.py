@@ -11,8 +11,9 @@ from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from tests.made import made_recipe
 from tests.runs import finish_run, run_both, start_run
 from tests.train.test_optimizer_runs import losses
-from vistune.train import moments, parallel
-from vistune.train import precision as precisions
+from vistune.train.spreading import parallel
+from vistune.train.spreading import precision as precisions
+from vistune.train.updating import moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

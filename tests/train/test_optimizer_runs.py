@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.made import made_recipe
-from vistune.train import metrics, moments, stage
-from vistune.train import precision as precisions
+from vistune.train import metrics, stage
+from vistune.train.spreading import precision as precisions
+from vistune.train.updating import moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [

@@ -3,7 +3,7 @@
 import pytest
 
 from vistune.samples import Fault
-from vistune.train.quarantine import Ledger
+from vistune.train.guarding.quarantine import Ledger
 
 
 def fault(row):

@@ -13,8 +13,9 @@ from tests.made import made_data, made_recipe, stage0
 from tests.runs import start_ranks
 from vistune import inputs
 from vistune.samples import Fault
-from vistune.train import checkpoint, metrics
-from vistune.train.quarantine import Ledger
+from vistune.train import metrics
+from vistune.train.guarding.quarantine import Ledger
+from vistune.train.keeping import checkpoint
 
 
 def finish(processes: list, folder: Path, code: int = 0) -> None:

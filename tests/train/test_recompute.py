@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 from vistune.models import attention
 from vistune.models.language import hidden
 from vistune.models.towers.fastvithd import FastViTHD, Sizes
-from vistune.train import recompute
+from vistune.train.spreading import recompute
 
 LENGTHS = [20, 7, 7, 30]
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.made import made_data, made_recipe
 from tests.runs import finish_run, start_ranks
-from vistune.train import checkpoint, metrics
+from vistune.train import metrics
+from vistune.train.keeping import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

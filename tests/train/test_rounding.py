@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vistune.train import rounding
+from vistune.train.updating import rounding
 
 
 def reference(seed: int, step: int, name: str, element: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.made import made_recipe
 from tests.train.sharded import on_ranks, take_steps
-from vistune.train import precision as precisions
+from vistune.train.spreading import precision as precisions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForImageTextToText
 from tests.made import made_data, made_recipe
 from tests.runs import finish_run, run_both, start_run
 from vistune import recipe as recipes
-from vistune.train import checkpoint, learn, loop, metrics, stage
-from vistune.train import precision as precisions
+from vistune.train import learn, loop, metrics, stage
+from vistune.train.keeping import checkpoint
+from vistune.train.spreading import precision as precisions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from vistune import ranks
-from vistune.train import watchdog
+from vistune.train.guarding import watchdog
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import pytest
 from tests.made import made_recipe
 from tests.runs import start_ranks, start_run
 from vistune.data import loader
-from vistune.train import checkpoint, metrics, stage, watchdog
+from vistune.train import metrics, stage
+from vistune.train.guarding import watchdog
+from vistune.train.keeping import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,5 @@
 """What learned, laid into the model it lies on: adapters folded into their weights, the rest in its place; and adapters
-in peft's files. One tensor is in memory at a time. Knows nothing of runs (see `vistune.train.merge`).
+in peft's files. One tensor is in memory at a time. Knows nothing of runs (see `vistune.train.keeping.merge`).
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ from vistune.models.fit import skeleton
 from vistune.preflight.presets import Subject
 from vistune.preflight.pretend import CUDA, Ledger, pretended, rounded
 from vistune.recipe import Recipe
-from vistune.train import learn, precision, recompute
+from vistune.train import learn
 from vistune.train.learn import Learned
+from vistune.train.spreading import precision, recompute
 from vistune.train.step import StepModule
 
 FEW = 3

@@ -27,8 +27,8 @@ from vistune.preflight.presets import Subject
 from vistune.preflight.pretend import rounded
 from vistune.preflight.sizes import GB, GIB
 from vistune.recipe import Recipe
-from vistune.train import moments, optimizer
-from vistune.train.parallel import BUCKET_BYTES
+from vistune.train.spreading.parallel import BUCKET_BYTES
+from vistune.train.updating import moments, optimizer
 
 WORKSPACE = 32 << 20
 """What cuBLAS takes of the allocator on Hopper (at::cuda::getChosenWorkspaceSize); elsewhere 8 MiB."""
@@ -143,8 +143,8 @@ def state(recipe: Recipe, weight: torch.Tensor, shards: int) -> int:
 def update_room(subject: Subject, recipe: Recipe, spread: Spread) -> Bytes:
     """What an update takes beside: fp32 copies of so many values as are updated at once, where any are needed.
 
-    Of `vistune.train.optimizer`: gradients; without masters also weights, noise and what is rounded; with 8 bits both
-    moments, and what they are quantised into.
+    Of `vistune.train.updating.optimizer`: gradients; without masters also weights, noise and what is rounded; with
+    8 bits both moments, and what they are quantised into.
     """
     copies = {"bf16_true": 1, "bf16_stochastic": 6}.get(recipe.train.precision, 0)
     copies += 5 if recipe.optimizer.name == "adamw8bit" else 0

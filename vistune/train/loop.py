@@ -19,15 +19,16 @@ from torch import Tensor
 from vistune import console, ranks
 from vistune.data.batch import Batch
 from vistune.recipe import Recipe
-from vistune.train import out_of_memory, parallel, precision
-from vistune.train.checkpoint import seed_step
 from vistune.train.figures import Figures, Mark
-from vistune.train.loss_scale import DeviceScale, LossScale
+from vistune.train.guarding import out_of_memory
+from vistune.train.guarding.out_of_memory import OutOfMemory as OutOfMemory
+from vistune.train.guarding.quarantine import Ledger
+from vistune.train.keeping.checkpoint import seed_step
 from vistune.train.metrics import memory
-from vistune.train.optimizer import Optimizer
-from vistune.train.out_of_memory import OutOfMemory as OutOfMemory
-from vistune.train.quarantine import Ledger
+from vistune.train.spreading import parallel, precision
 from vistune.train.step import StepModule
+from vistune.train.updating.loss_scale import DeviceScale, LossScale
+from vistune.train.updating.optimizer import Optimizer
 from vistune.train.upload import upload
 
 Keys = list[tuple[int, int]]

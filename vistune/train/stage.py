@@ -23,14 +23,17 @@ from vistune.inputs import Data
 from vistune.models import filling
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
-from vistune.train import adapters, checkpoint, export, learn, lock, metrics, parallel, precision, record
+from vistune.train import adapters, learn, metrics
+from vistune.train.guarding import lock
+from vistune.train.guarding.quarantine import Ledger
+from vistune.train.guarding.watchdog import Watchdog
+from vistune.train.keeping import checkpoint, export, record
+from vistune.train.keeping.saving import Saver
 from vistune.train.learn import Learned
 from vistune.train.loop import Loop, State, line
-from vistune.train.optimizer import Optimizer
-from vistune.train.quarantine import Ledger
-from vistune.train.saving import Saver
+from vistune.train.spreading import parallel, precision
 from vistune.train.step import StepModule
-from vistune.train.watchdog import Watchdog
+from vistune.train.updating.optimizer import Optimizer
 
 
 def run(recipe: Recipe) -> dict[str, Any]:

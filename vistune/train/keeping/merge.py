@@ -12,8 +12,8 @@ from vistune import console
 from vistune import recipe as recipes
 from vistune.models import hub
 from vistune.models import merge as room
-from vistune.models.checkpoints import run as format
-from vistune.train import checkpoint
+from vistune.models.checkpoints import run as run_format
+from vistune.train.keeping import checkpoint
 
 
 def merge(
@@ -27,7 +27,7 @@ def merge(
     """
     run = Path(run)
     target = Path(out) if out is not None else run / "merged"
-    if room.is_adapter(run) and not format.is_checkpoint(run):
+    if room.is_adapter(run) and not run_format.is_checkpoint(run):
         if step is not None:
             raise ValueError(f"{run}: an adapter has no steps; give the run's folder")
         learned, what = room.read_adapter(run), f"the adapter `{run.name}`"
@@ -44,7 +44,7 @@ def merge(
 
 def _of_run(run: Path, step: int | None) -> tuple[room.Learned, str, dict[str, Any], str]:
     """What a run's folder holds: what learned, its start folder, what the recipe says of it, and words for a card."""
-    saved = [run] if format.is_checkpoint(run) else checkpoint.folders(run)
+    saved = [run] if run_format.is_checkpoint(run) else checkpoint.folders(run)
     if step is not None:
         chosen = [folder for folder in saved if checkpoint.step_of(folder) == step]
         if not chosen:
@@ -53,8 +53,8 @@ def _of_run(run: Path, step: int | None) -> tuple[room.Learned, str, dict[str, A
     else:
         chosen = saved[-1:]
     if chosen:
-        recipe = format.recipe_of(chosen[0])
-        learned = format.read_learned(chosen[0], recipe.lora)
+        recipe = run_format.recipe_of(chosen[0])
+        learned = run_format.read_learned(chosen[0], recipe.lora)
         what = f"step {checkpoint.step_of(chosen[0])} of `{recipe.name}`"
     elif (run / "recipe.toml").exists() and room.is_adapter(run / "adapter"):
         recipe = recipes.read(run / "recipe.toml", [])

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from vistune import console, ranks
-from vistune.train import checkpoint
+from vistune.train.keeping import checkpoint
 
 _SPARE = 0.9  # of the host's free memory that a copy may take
 

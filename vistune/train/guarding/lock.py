@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vistune import console, ranks
-from vistune.train import checkpoint
+from vistune.train.keeping import checkpoint
 
 NAME = "running.json"
 SIGN = 5.0  # seconds between two signs of life of the holder: the file's time

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vistune.recipe import Optimizer as Settings
-from vistune.train import adamw, moments, parallel, rounding
 from vistune.train.learn import Learned
-from vistune.train.moments import Blocks, Whole, part
+from vistune.train.spreading import parallel
+from vistune.train.updating import adamw, moments, rounding
+from vistune.train.updating.moments import Blocks, Whole, part
 
 PIECE = 1 << 25
 """Values that are copied to fp32 at once where weights, gradients or moments are not: 128 MiB for each of them."""

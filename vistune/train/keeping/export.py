@@ -15,10 +15,10 @@ from vistune import ranks
 from vistune.models import load as models
 from vistune.models import merge
 from vistune.models.checkpoints import Checkpoint
-from vistune.models.checkpoints import run as format
+from vistune.models.checkpoints import run as run_format
 from vistune.models.folders import write_described
 from vistune.recipe import Recipe
-from vistune.train import checkpoint
+from vistune.train.keeping import checkpoint
 
 
 def write(recipe: Recipe, folder: Path, loaded: models.Loaded, card: str) -> Path:
@@ -27,7 +27,7 @@ def write(recipe: Recipe, folder: Path, loaded: models.Loaded, card: str) -> Pat
     target = folder / "model"
 
     def export() -> None:
-        learned = format.read_learned(checkpoint.folders(folder)[-1], recipe.lora)
+        learned = run_format.read_learned(checkpoint.folders(folder)[-1], recipe.lora)
         start = Path(recipe.model.start)
         found = Checkpoint(format="hf", why="", said=loaded, tensors=dict(loaded.source))
         with checkpoint.disk_errors(target):
@@ -60,7 +60,7 @@ def completing(recipe: Recipe, loaded: models.Loaded) -> Callable[[Path], None] 
     files = _described(loaded, f"# A checkpoint of `{recipe.name}`\n\nAn adapter on `{recipe.model.start}`.\n")
 
     def complete(folder: Path) -> None:
-        merge.write_adapter(folder, format.read_learned(folder, recipe.lora), recipe.model.start)
+        merge.write_adapter(folder, run_format.read_learned(folder, recipe.lora), recipe.model.start)
         for name, content in files.items():
             (folder / name).write_bytes(content)
 

@@ -10,7 +10,7 @@ import torch
 
 from vistune import ranks
 from vistune.data.batch import Batch
-from vistune.train import checkpoint
+from vistune.train.keeping import checkpoint
 from vistune.train.metrics import memory
 
 TEXTS = (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistune.models import lowbit
-from vistune.train import parallel
+from vistune.train.spreading import parallel
 
 BLOCKS = (256, 128, 64)
 """Values that share a scale: 256 as bitsandbytes has it, fewer where a row is no multiple of that."""

@@ -17,7 +17,7 @@ from vistune import console, ranks
 from vistune.models import attention
 from vistune.models.families import Family
 from vistune.recipe import Recipe
-from vistune.train import compiling, recompute, sharding
+from vistune.train.spreading import compiling, recompute, sharding
 from vistune.train.step import StepModule
 from vistune.train.step import followed as followed
 

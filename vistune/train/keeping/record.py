@@ -16,8 +16,9 @@ from vistune import __version__, console, ranks
 from vistune.data.index import Index
 from vistune.models import attention
 from vistune.recipe import Recipe, dump
-from vistune.train import checkpoint, parallel
+from vistune.train.keeping import checkpoint
 from vistune.train.loop import Loop, mean_last
+from vistune.train.spreading import parallel
 
 
 def finished(folder: Path, loop: Loop) -> dict[str, Any] | None:
@@ -95,7 +96,7 @@ def write_environment(folder: Path, recipe: Recipe, index: Index, loop: Loop) ->
 
 def _commit() -> str:
     """Commit of the checkout that vistune is run from; empty for an installed package."""
-    here = Path(__file__).resolve().parents[2]
+    here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists() or shutil.which("git") is None:
         return ""
     done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)

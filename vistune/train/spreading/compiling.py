@@ -18,7 +18,7 @@ from torch._inductor.exc import InductorError
 from vistune import console
 from vistune.models.families import Family
 from vistune.recipe import Recipe
-from vistune.train import recompute
+from vistune.train.spreading import recompute
 
 BACKEND = "inductor"
 RECOMPILES = 64

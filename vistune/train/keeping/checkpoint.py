@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from vistune import ranks
 from vistune.recipe import Recipe
 from vistune.train.learn import Learned
-from vistune.train.optimizer import Optimizer
+from vistune.train.updating.optimizer import Optimizer
 
 MAY_DIFFER = (
     *("name", "run", "parallel", "checkpoint", "log"),

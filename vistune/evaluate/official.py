@@ -1,0 +1,145 @@
+"""A benchmark's files as their authors publish them: found in a folder by their names, read with the line in every error.
+
+Knows names and lines, not what any benchmark means by them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vistune.evaluate.items import Answer
+from vistune.samples import Image
+
+DEPTH = 3
+"""How many folders deep a file is looked for; archives put one or two around what they hold."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a benchmark's files lie: under `root`, its pictures under `images` if that is said."""
+
+    root: Path
+    images: Path | None = None
+
+    def file(self, *names: str) -> Path:
+        """The first of these names that lies in the folder or, once, below it. A name may have folders and `*`.
+
+        ValueError when none does, or when one lies in several places below.
+        """
+        if (found := self.find(*names)) is not None:
+            return found
+        wanted = " or ".join(names)
+        raise ValueError(
+            f"{self.root}: {wanted} is not there; docs/evaluate.md says where each benchmark's files come from"
+        )
+
+    def find(self, *names: str) -> Path | None:
+        """As `file`, and None when there is none."""
+        for name in names:
+            here = sorted(self.root.glob(name))
+            found = here or [path for folder in _below(self.root, DEPTH) for path in sorted(folder.glob(name))]
+            if len(found) > 1 and "*" not in name:
+                raise ValueError(
+                    f"{name} lies in {len(found)} places: {found[0]} and {found[1]}; give a folder with one"
+                )
+            if found:
+                return found[0]
+        return None
+
+    def picture(self, name: str, *folders: str) -> Image:
+        """The picture `name`, which lies under `images`, or in one of these folders of the benchmark's own.
+
+        Nothing is opened: where none of them has it, the first is what the error will name when it is.
+        """
+        places = [self.images] if self.images else [self.root / folder for folder in folders] or [self.root]
+        chosen = next((place for place in places if (place / name).exists()), places[0])
+        return Image(path=str(chosen / name))
+
+
+def place(data: Path, folders: Sequence[str], images: Path | None = None) -> Place:
+    """A benchmark's folder in `data`: the one of its own name there (`folders`, as LLaVA calls it), or `data` itself."""
+    if not data.is_dir():
+        raise ValueError(f"--data {data}: no such folder")
+    own = next((data / name for name in folders if (data / name).is_dir()), data)
+    return Place(own, images)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file. ValueError that names file and line for anything else."""
+    rows = []
+    for number, line in _lines(path):
+        row = _object(line)
+        if row is None:
+            raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}; mend or remove the line")
+        rows.append(row)
+    return rows
+
+
+def json_file(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}; fetch it again") from None
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table of tab-separated values with a header; a cell may be a picture of megabytes."""
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def answers(path: Path) -> tuple[list[Answer], list[str]]:
+    """The answers of a JSON lines file, and the numbers of the lines that are none (a killed run leaves half a line).
+
+    A row needs question_id and text. ValueError when the file is not there or no line is an answer.
+    """
+    if not path.is_file():
+        raise ValueError(f"--answers {path}: no such file")
+    found, broken = [], []
+    for number, line in _lines(path):
+        row = _object(line)
+        if row is None or "question_id" not in row or not isinstance(row.get("text"), str):
+            broken.append(str(number))
+            continue
+        found.append(Answer(id=row["question_id"], prompt=str(row.get("prompt", "")), text=row["text"], row=row))
+    if not found:
+        raise ValueError(f"--answers {path}: no line of it is an answer; each is an object with question_id and text")
+    return found, broken
+
+
+def field(row: dict[str, Any], key: str, path: Path, number: int) -> Any:
+    """`row[key]`; ValueError that names file, row (counted from 1) and key where it is missing."""
+    if key not in row:
+        raise ValueError(f"{path}:{number}: {key} is missing; it has {', '.join(sorted(row)) or 'nothing'}")
+    return row[key]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, with their numbers from 1. Only \\n ends one: a text may hold other separators."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders below `folder`, nearest first, `depth` deep."""
+    level = [folder]
+    for _ in range(depth):
+        level = [path for one in level for path in sorted(one.iterdir()) if path.is_dir()]
+        yield from level

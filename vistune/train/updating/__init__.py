@@ -1,0 +1,1 @@
+"""One update of what learns: AdamW, its moments, rounding, the loss scale of fp16."""
