@@ -41,8 +41,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer, whoever gave it. `row` is all that its line said (LLaVA: question_id, prompt, text, answer_id, model_id,
-    metadata)."""
+    """One answer, whoever gave it. `row` is all that its line said (LLaVA: question_id, prompt, text, answer_id,
+    model_id, metadata)."""
 
     id: Id
     prompt: str
@@ -60,7 +60,7 @@ class Result:
 
     `scores` are the official figures by name, on the scale they are published on; `headline` names the one that is
     quoted. `tables`: rows per category under a title. `items`: one object a question in the benchmark's order, with at
-    least question_id, category, question, answer, truth and correct (true, false, or null where there is no such thing).
+    least question_id, category, question, answer, truth and correct (true, false, or null where nothing is that).
     `remarks`: what was odd, by kind (missing, foreign, duplicate, broken, failed), as what people can look for.
     """
 

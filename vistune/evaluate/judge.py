@@ -1,4 +1,4 @@
-"""Another model as the judge of answers, behind any OpenAI-compatible endpoint: asked once, kept on disk, never guessed."""
+"""Another model as the judge of answers, behind an OpenAI-compatible endpoint: asked once, kept, never guessed."""
 
 from __future__ import annotations
 

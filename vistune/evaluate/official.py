@@ -1,4 +1,4 @@
-"""A benchmark's files as their authors publish them: found in a folder by their names, read with the line in every error.
+"""A benchmark's files as their authors publish them: found by their names, read with the line in every error.
 
 Knows names and lines, not what any benchmark means by them.
 """
@@ -63,7 +63,7 @@ class Place:
 
 
 def place(data: Path, folders: Sequence[str], images: Path | None = None) -> Place:
-    """A benchmark's folder in `data`: the one of its own name there (`folders`, as LLaVA calls it), or `data` itself."""
+    """A benchmark's folder in `data`: the one of its own name there (`folders`, as LLaVA says), or `data` itself."""
     if not data.is_dir():
         raise ValueError(f"--data {data}: no such folder")
     own = next((data / name for name in folders if (data / name).is_dir()), data)

@@ -26,7 +26,7 @@ def score_file(
     images: Path | None = None,
     by: Judge | None = None,
 ) -> dict[str, Any]:
-    """Score an answers file that any model made (LLaVA's JSON lines). With `out`, the official server's file goes there.
+    """Score an answers file that any model made (LLaVA's JSON lines). `out` is where the official server's file goes.
 
     Returns what `as_dict` says. Raises ValueError for files that are missing or broken.
     """
