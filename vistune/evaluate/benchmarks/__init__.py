@@ -53,6 +53,10 @@ class Benchmark(ABC):
         Where no answers are published (a hidden test set), `scores` is empty and `submission` is what there is.
         """
 
+    def tokens(self, place: Place) -> int:
+        """The longest answer in tokens; a user's own benchmark says it beside its questions."""
+        return self.max_new_tokens
+
     def submission(self, place: Place, answers: Sequence[Answer], out: Path) -> list[Path]:
         """Write what the official server takes into the folder `out`; returns the files. Most have none.
 
