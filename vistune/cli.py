@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,9 +45,11 @@ def quickstart(
         console.print_json(summary)
 
 
-for _verb in (cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch, cli_preflight.preflight):
-    app.command()(_verb)
-for _verb in (cli_evaluate.evaluate, cli_evaluate.score, cli_evaluate.report):
+_VERBS: tuple[Callable[..., None], ...] = (
+    *(cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch),
+    *(cli_preflight.preflight, cli_evaluate.evaluate, cli_evaluate.score, cli_evaluate.report),
+)
+for _verb in _VERBS:
     app.command()(_verb)
 
 

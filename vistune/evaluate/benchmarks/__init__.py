@@ -85,7 +85,8 @@ def benchmarks() -> dict[str, Benchmark]:
     """All of them by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {kind.name: kind() for kind in sorted(_kinds(Benchmark), key=lambda kind: kind.name)}
+    kinds = [kind for below in Benchmark.__subclasses__() for kind in _named(below)]
+    return {kind.name: kind() for kind in sorted(kinds, key=lambda kind: kind.name)}
 
 
 def named(name: str) -> Benchmark:
@@ -103,7 +104,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-def _kinds(kind: type[Benchmark]) -> list[type[Benchmark]]:
-    """The subclasses that have a name."""
-    found = [one for below in kind.__subclasses__() for one in _kinds(below)]
+def _named(kind: type[Benchmark]) -> list[type[Benchmark]]:
+    """`kind` and what is below it, as far as it has a name."""
+    found = [one for below in kind.__subclasses__() for one in _named(below)]
     return found + ([kind] if "name" in vars(kind) else [])
