@@ -81,6 +81,22 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def question_rows(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The rows of a question file as LLaVA writes them: each has question_id, text and `keys`, no two have one id.
+
+    ValueError that names file, row and what is wrong with it.
+    """
+    rows = json_lines(path)
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        for key in ("question_id", "text", *keys):
+            field(row, key, path, number)
+        before = first.setdefault(str(row["question_id"]), number)
+        if before != number:
+            raise ValueError(f"{path}:{number}: question_id {row['question_id']} is row {before}'s too; ids must differ")
+    return rows
+
+
 def json_file(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

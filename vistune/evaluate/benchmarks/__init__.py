@@ -18,6 +18,10 @@ from vistune.evaluate.official import Place
 PROTOCOL = "llava-official"
 """Prompts, greedy decoding, parsing and arithmetic as LLaVA-1.5's published scores were made."""
 
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+"""What LLaVA-1.5 adds to a question, to have the answer in that form (arXiv 2310.03744, section 3.2)."""
+
 
 class Benchmark(ABC):
     """One benchmark: where its files are, how it asks, how it scores.
