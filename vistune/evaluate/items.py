@@ -71,6 +71,12 @@ class Result:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     items: list[dict[str, Any]] = field(default_factory=list)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    protocol: str = ""
+    """Where it is not the benchmark's own: a prompt that was made up here, an answer cut short."""
+    judge: dict[str, Any] = field(default_factory=dict)
+    """Who judged and when, as `judge.told` says it."""
+    written: list[str] = field(default_factory=list)
+    """Files for the official scorer that came of it."""
 
     @property
     def partial(self) -> bool:

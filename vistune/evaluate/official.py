@@ -93,7 +93,9 @@ def question_rows(path: Path, *keys: str) -> list[dict[str, Any]]:
             field(row, key, path, number)
         before = first.setdefault(str(row["question_id"]), number)
         if before != number:
-            raise ValueError(f"{path}:{number}: question_id {row['question_id']} is row {before}'s too; ids must differ")
+            raise ValueError(
+                f"{path}:{number}: question_id {row['question_id']} is row {before}'s too; ids must differ"
+            )
     return rows
 
 
@@ -111,23 +113,34 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def answers(path: Path) -> tuple[list[Answer], list[str]]:
+def answers(path: Path, instead: Sequence[str] = ()) -> tuple[list[Answer], list[str]]:
     """The answers of a JSON lines file, and the numbers of the lines that are none (a killed run leaves half a line).
 
-    A row needs question_id and text. ValueError when the file is not there or no line is an answer.
+    A row needs question_id and text, or one of `instead` in place of the text (a row of reviews). ValueError when the
+    file is not there or no line is an answer.
     """
     if not path.is_file():
         raise ValueError(f"--answers {path}: no such file")
     found, broken = [], []
     for number, line in _lines(path):
         row = _object(line)
-        if row is None or "question_id" not in row or not isinstance(row.get("text"), str):
+        text = None if row is None else _text(row, instead)
+        if row is None or text is None:
             broken.append(str(number))
             continue
-        found.append(Answer(id=row["question_id"], prompt=str(row.get("prompt", "")), text=row["text"], row=row))
+        found.append(Answer(id=row["question_id"], prompt=str(row.get("prompt", "")), text=text, row=row))
     if not found:
         raise ValueError(f"--answers {path}: no line of it is an answer; each is an object with question_id and text")
     return found, broken
+
+
+def _text(row: dict[str, Any], instead: Sequence[str]) -> str | None:
+    """What an answer's row answers; None if it is no answer."""
+    if "question_id" not in row:
+        return None
+    if isinstance(text := row.get("text"), str):
+        return text
+    return "" if any(key in row for key in instead) else None
 
 
 def field(row: dict[str, Any], key: str, path: Path, number: int) -> Any:
