@@ -32,23 +32,31 @@ def score_file(
     """
     benchmark = named(name)
     place = official.place(data, benchmark.folders, images)
-    given, broken = official.answers(answers)
-    result = judged(benchmark, place, given, by, (out or answers.parent) / "judged.jsonl")
+    given, broken = official.answers(answers, benchmark.review if isinstance(benchmark, Judged) else ())
+    result = judged(benchmark, place, given, by, (out or answers.parent) / "judged.jsonl", out)
     if broken:
         result.remarks["broken"] = [f"{answers}:{number}" for number in broken]
     written = benchmark.submission(place, given, out) if out else []
-    return as_dict(benchmark, result, written) | told(by)
+    return as_dict(benchmark, result, written)
 
 
-def judged(benchmark: Benchmark, place: Place, answers: Sequence[Answer], by: Judge | None, cache: Path) -> Result:
-    """What the answers score, by rule or, where the benchmark wants one and there is one, by a judge."""
+def judged(
+    benchmark: Benchmark,
+    place: Place,
+    answers: Sequence[Answer],
+    by: Judge | None,
+    cache: Path,
+    out: Path | None = None,
+) -> Result:
+    """What the answers score, by rule or, where the benchmark wants one and there is one, by a judge, whose replies are
+    then written into the folder `out` as the official scorer keeps them."""
     if by is None or not isinstance(benchmark, Judged):
         return benchmark.score(place, answers)
-    return benchmark.reviewed(place, answers, judge.ask(by, benchmark.requests(place, answers), cache))
-
-
-def told(by: Judge | None) -> dict[str, Any]:
-    return {} if by is None else {"judge": {"model": by.model, "url": by.url}}
+    replies = judge.ask(by, benchmark.requests(place, answers), cache)
+    result = benchmark.reviewed(place, answers, replies)
+    result.judge = judge.told(by, replies)
+    result.written += [str(path) for path in benchmark.reviews(place, answers, replies, out)] if out else []
+    return result
 
 
 def as_dict(benchmark: Benchmark, result: Result, written: Sequence[Path] = ()) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def as_dict(benchmark: Benchmark, result: Result, written: Sequence[Path] = ()) 
     return {
         "benchmark": benchmark.name,
         "title": benchmark.title,
-        "protocol": benchmark.protocol,
+        "protocol": result.protocol or benchmark.protocol,
         "score": result.scores.get(result.headline) if whole else None,
         "headline": result.headline,
         "partial": result.partial,
@@ -70,10 +78,11 @@ def as_dict(benchmark: Benchmark, result: Result, written: Sequence[Path] = ()) 
         "scores": result.scores,
         "tables": result.tables,
         "remarks": result.remarks,
-        "submission": [str(path) for path in written],
+        "submission": [*result.written, *(str(path) for path in written)],
         "scored_elsewhere": benchmark.server,
+        "judged": benchmark.judged,
         "items": result.items,
-    }
+    } | ({"judge": result.judge} if result.judge else {})
 
 
 def show(found: dict[str, Any]) -> None:
@@ -85,6 +94,8 @@ def show(found: dict[str, Any]) -> None:
     for kind, names in found["remarks"].items():
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         console.warn(f"{found['title']}: {len(names)} {kind}: {', '.join(names[:SHOWN])}{more}")
+    if by := found.get("judge"):
+        console.say(_judge(by))
     for path in found["submission"]:
         console.say(f"for {found['scored_elsewhere'] or 'the official scorer'}: {path}")
 
@@ -92,14 +103,23 @@ def show(found: dict[str, Any]) -> None:
 def _title(found: dict[str, Any]) -> str:
     said = f"{found['title']}, protocol {found['protocol']}"
     if not found["scores"]:
-        return f"{said}: no answers are published, {found['scored_elsewhere'] or 'the official scorer'} scores it"
+        why = "no judge was asked (--judge URL --judge-model NAME)" if found["judged"] else "no answers are published"
+        return f"{said}: {why}, {found['scored_elsewhere'] or 'the official scorer'} scores it"
     if found["partial"]:
-        share = f"{found['answered']:,} of {found['questions']:,} questions answered ({found['share']:.1%})"
+        done = "answered and judged" if found.get("judge") else "answered"
+        share = f"{found['answered']:,} of {found['questions']:,} questions {done} ({found['share']:.1%})"
         return f"{said}: PARTIAL, {share}; not the benchmark's score"
     if found["subset"]:
         share = f"{found['questions']:,} of the published {found['published_questions']:,} questions"
         return f"{said}: SUBSET, {share}; not the benchmark's score"
     return f"{said}: {found['questions']:,} questions"
+
+
+def _judge(by: dict[str, Any]) -> str:
+    who = ", ".join(by["answered_as"]) or "an unnamed model"
+    when = by["first"] if by["first"] == by["last"] else f"{by['first']} to {by['last']}"
+    counts = f"{by['replies']:,} replies, {by['cached']:,} of them kept from before, {by['failed']:,} failed"
+    return f"judge {by['model']} at {by['url']}, which answered as {who}, {when}: {counts}"
 
 
 def _figure(value: Any) -> str:

@@ -73,6 +73,8 @@ class Judged(Benchmark):
     """A benchmark that another model scores. `score` reads a file of reviews, or has no scores without a judge."""
 
     judged: ClassVar[bool] = True
+    review: ClassVar[tuple[str, ...]] = ()
+    """What a row of the official file of reviews has in place of a text, where `score` takes such rows."""
 
     @abstractmethod
     def requests(self, place: Place, answers: Sequence[Answer]) -> list[Request]:
@@ -81,7 +83,11 @@ class Judged(Benchmark):
     @abstractmethod
     def reviewed(self, place: Place, answers: Sequence[Answer], replies: Mapping[str, Reply]) -> Result:
         """What the judge's replies (by the request's id) amount to. One that failed, or cannot be read, is counted
-        under remarks["failed"] and scores nothing, neither for nor against."""
+        under remarks["failed"] and scores nothing, neither for nor against; `answered` counts what was judged."""
+
+    def reviews(self, place: Place, answers: Sequence[Answer], replies: Mapping[str, Reply], out: Path) -> list[Path]:
+        """Write the replies into the folder `out` as the official scorer keeps them; returns the files."""
+        return []
 
 
 @cache
