@@ -53,10 +53,15 @@ def prompt(loaded: Loaded, messages: Sequence[Message], pictures: Sequence[Image
     if pictures and marks != len(pictures):
         raise ValueError(f"{len(pictures)} images for {marks} {IMAGE_MARK} in the conversation; give one for each")
     encoded = chat.encode(loaded.template, loaded.encoder, messages, has_images=bool(pictures), open_turn=True)
+    return filled(loaded, encoded.ids, pictures)
+
+
+def filled(loaded: Loaded, encoded: Sequence[int], pictures: Sequence[Image]) -> Prompt:
+    """Encoded ids, `IMAGE_ID` once per picture, with the pictures in their places. Raises ImageError."""
     opened = [images.open_image(picture) for picture in pictures]
     sizes = iter(opened)
     ids: list[int] = []
-    for one in encoded.ids:
+    for one in encoded:
         ids += [loaded.image_token_id] * loaded.layout.tokens(*next(sizes).size) if one == IMAGE_ID else [one]
     grids = [grid for picture in opened if (grid := loaded.layout.grid(*picture.size)) is not None]
     return Prompt(ids, [torch.from_numpy(loaded.layout.prepare(picture)) for picture in opened], grids)
@@ -102,11 +107,15 @@ class Chat:
 def answer_batch(loaded: Loaded, questions: Sequence[Question], max_new_tokens: int = 128, batch: int = 8) -> list[str]:
     """Greedy answers in the questions' order. Prompts of near lengths run together, padded on the left."""
     made = [prompt(loaded, [Message(role="user", text=marked(text, seen))], seen) for text, seen in questions]
+    return answer_prompts(loaded, made, Settings(max_new_tokens=max_new_tokens), batch)
+
+
+def answer_prompts(loaded: Loaded, made: Sequence[Prompt], settings: Settings, batch: int = 8) -> list[str]:
+    """Answers in the prompts' order. Prompts of near lengths run together, padded on the left."""
     order = sorted(range(len(made)), key=lambda i: len(made[i].ids), reverse=True)
     answers = [""] * len(made)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        settings = Settings(max_new_tokens=max_new_tokens)
         for i, ids in zip(chosen, _generate(loaded, [made[i] for i in chosen], settings), strict=True):
             answers[i] = _text(loaded, ids)
     return answers
@@ -122,25 +131,31 @@ def _generate(
 ) -> list[list[int]]:
     """New ids of each prompt, through the stock `generate`."""
     model: Any = loaded.model
-    longest, pad = max(len(p.ids) for p in prompts), _pad(loaded)
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts], device=model.device)
-    seen = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device)
+    longest = max(len(p.ids) for p in prompts)
     given: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if settings.temperature > 0:
         given = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    given |= _images(loaded, prompts)
+    given |= padded(loaded, prompts)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         out = model.generate(
-            input_ids=ids,
-            attention_mask=seen,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=_pad(loaded),
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList(list(stop) or [_Stop(loaded, longest)]),
             **given,
         )
     return out[:, longest:].tolist()
+
+
+def padded(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """The prompts as the class's own forward takes them, in one batch padded on the left."""
+    model: Any = loaded.model
+    longest, pad = max(len(p.ids) for p in prompts), _pad(loaded)
+    ids = [[pad] * (longest - len(p.ids)) + p.ids for p in prompts]
+    seen = [[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts]
+    rows = {"input_ids": ids, "attention_mask": seen}
+    return {name: torch.tensor(row, device=model.device) for name, row in rows.items()} | _images(loaded, prompts)
 
 
 def _images(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -261,17 +276,31 @@ def _settled(loaded: Loaded, ids: list[int]) -> list[int]:
     return ids[:end]
 
 
-def open_model(model: str | Path, device: str = "auto", quantize: str = "", base: str | Path | None = None) -> Loaded:
-    """What is to be asked, on its device: in bf16, on a CPU in fp32; or with its language model in "8bit" or "4bit".
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-    `model`: a folder or checkpoint in any format, a run, a hub id; `base`: the other half of an adapter. Raises
-    ValueError.
+
+def open_model(
+    model: str | Path,
+    device: str = "auto",
+    quantize: str = "",
+    base: str | Path | None = None,
+    *,
+    template: str | None = None,
+    precision: str = "",
+) -> Loaded:
+    """What is to be asked, on its device: in bf16, on a CPU in fp32, or in `precision`; or with its language model in
+    "8bit" or "4bit".
+
+    `model`: a folder or checkpoint in any format, a run, a hub id; `base`: the other half of an adapter; `template`:
+    instead of the folder's. Raises ValueError.
     """
+    if precision and precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     place = ranks.start(device)
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    dtype = PRECISIONS[precision or ("fp32" if place.type == "cpu" else "bf16")]
     if quantize:
-        return load_quantized(model, quantize, dtype=dtype, device=place, base=base)
-    loaded = load(model, dtype=dtype, base=base)
+        return load_quantized(model, quantize, dtype=dtype, device=place, base=base, template=template)
+    loaded = load(model, dtype=dtype, base=base, template=template)
     loaded.model.to(place)  # type: ignore[arg-type]
     return loaded
 
