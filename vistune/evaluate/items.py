@@ -136,6 +136,18 @@ def _key(id: Id, text: str, by_text: bool) -> Key:
     return str(id), text if by_text else ""
 
 
+def accuracies(column: str, pairs: Iterable[tuple[Any, bool]]) -> list[dict[str, Any]]:
+    """Rows of a table, one for each group in the order of their appearance: the percentage of its questions that are
+    right. `pairs`: the group of a question, and whether it is."""
+    groups: dict[Any, list[bool]] = {}
+    for group, correct in pairs:
+        groups.setdefault(group, []).append(correct)
+    return [
+        {column: group, "accuracy": percent(sum(rights), len(rights)), "questions": len(rights)}
+        for group, rights in groups.items()
+    ]
+
+
 def percent(part: float, whole: float) -> float:
     """`part` of `whole` in percent; 0 of nothing."""
     return 100.0 * part / whole if whole else 0.0

@@ -143,8 +143,16 @@ def _text(row: dict[str, Any], instead: Sequence[str]) -> str | None:
     return "" if any(key in row for key in instead) else None
 
 
-def field(row: dict[str, Any], key: str, path: Path, number: int) -> Any:
-    """`row[key]`; ValueError that names file, row (counted from 1) and key where it is missing."""
+def write(path: Path, text: str) -> Path:
+    """What an official scorer takes; never half of it, and its folder is made. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    return beside.replace(path)
+
+
+def field(row: dict[str, Any], key: str, path: Path, number: int | str) -> Any:
+    """`row[key]`; ValueError that names file, row (its id, or counted from 1) and key where it is missing."""
     if key not in row:
         raise ValueError(f"{path}:{number}: {key} is missing; it has {', '.join(sorted(row)) or 'nothing'}")
     return row[key]
