@@ -123,8 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(written)
 
 
-def _error(message: str, **more: Any) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "test", "param": None, "code": None} | more}
+def _error(said: str, **more: Any) -> dict[str, Any]:
+    return {"error": {"message": said, "type": "test", "param": None, "code": None} | more}
 
 
 class _Quiet(ThreadingHTTPServer):
