@@ -145,6 +145,8 @@ def test_more_care_takes_less() -> None:
     assert shards[0] > shards[1] > shards[2]
     offloaded = needed(8, parallel={"shard": "zero3", "offload": True})
     assert offloaded < shards[2]
+    # What lies on the host is gathered for its use, from however many ranks.
+    assert needed(1, parallel={"shard": "zero3", "offload": True}) == pytest.approx(offloaded, rel=0.01)
     assert needed(2, parallel={"shard": "zero3"}) > shards[2]
 
 

@@ -86,6 +86,11 @@ class Spread:
     held: bool = True
     accumulates: bool = True
 
+    @property
+    def gathers(self) -> bool:
+        """Weights come to the device for their uses: from other ranks, or from the host."""
+        return self.shards > 1 or not self.held
+
 
 @dataclass
 class Moments:
@@ -124,7 +129,7 @@ def moments(subject: Subject, recipe: Recipe, micro: Micro, spread: Spread, *, f
     more = _run(subject, recipe, micro, spread, FEW + 1, seen)
     found = few.line(more, language - FEW)
     learning = any(key.split(".")[0] == "vision" for key in recipe.learn.root)
-    gathered = spread.shards > 1 and not spread.zero3
+    gathered = spread.gathers and not spread.zero3
     if vision <= FEW + 1 or micro.pixels is None or not (learning or gathered):  # layers that hold nothing
         return found
     deeper = few.line(_run(subject, recipe, micro, spread, FEW, FEW + 1), vision - FEW)
@@ -175,7 +180,7 @@ def _run(subject: Subject, recipe: Recipe, micro: Micro, spread: Spread, languag
     with pretended() as ledger, no_library():
         with ledger.doing(WEIGHTS):
             shards = cut_all(model, spread)
-            place(model, gathered=compute(recipe) if spread.shards > 1 else None)
+            place(model, gathered=compute(recipe) if spread.gathers else None)
         step = StepModule(model, subject.family, subject.layout, compute(recipe)).train()
         watched = _Watched(ledger, subject, model, names, spread, shards)
         watched.forward()
@@ -241,12 +246,12 @@ class _Watched:
                 unit = _Unit(list(layer.parameters()))
                 inside |= {id(one) for one in unit.parameters}
                 self.units.append(unit)
-                if spread.shards > 1:
+                if spread.gathers:
                     layer.register_forward_pre_hook(partial(self._gather, unit))
                 layer.register_forward_hook(partial(self._ran, f"backward: {where} {part} layer", unit))
         self.root = _Unit([one for one in parameters.values() if id(one) not in inside])
         self.current: _Unit | None = None
-        if spread.shards == 1:
+        if not spread.gathers:
             for name in learned:
                 parameters[name].register_post_accumulate_grad_hook(self._whole)
 
@@ -255,13 +260,13 @@ class _Watched:
         if self.spread.accumulates:
             for unit in [*self.units, self.root]:
                 self._accumulated(unit)
-        if self.spread.shards > 1:
+        if self.spread.gathers:
             self._take(self.root)
 
     def _accumulated(self, unit: _Unit) -> None:
         learned = [one for one in unit.parameters if id(one) in self.shards]
         unit.reduced = True
-        if self.spread.shards > 1:
+        if self.spread.gathers:
             self.ledger.add(GRADIENTS, sum(self.shards[id(one)] for one in learned))
             return
         with self.ledger.doing(GRADIENTS):
@@ -303,12 +308,12 @@ class _Watched:
 
     def _begin(self, moment: str, unit: _Unit | None) -> None:
         """The backward pass of a layer begins, and that of the one above it has ended."""
-        if self.current is not None and self.spread.shards > 1:
+        if self.current is not None and self.spread.gathers:
             self._reduce(self.current)
             self._free(self.current)
         self.current = unit
         self._next(moment)
-        if unit is not None and self.spread.shards > 1:
+        if unit is not None and self.spread.gathers:
             self._take(unit)
 
     def _gather(self, unit: _Unit, *_: Any) -> None:
@@ -331,7 +336,7 @@ class _Watched:
         """A unit's gradients are summed over the ranks in fp32, in a row that stays until the next one's; shards of
         them remain."""
         graded = [one for one in unit.parameters if one.grad is not None]
-        if self.spread.shards == 1 or not graded:
+        if not self.spread.gathers or not graded:
             return
         self.ledger.add(REDUCED, 4 * sum(one.numel() for one in graded))
         self.ledger.add(REDUCED, -self.ledger.now[REDUCED] + 4 * sum(one.numel() for one in graded))

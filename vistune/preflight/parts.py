@@ -98,7 +98,7 @@ def memory(
     seen = counting.moments(subject, recipe, micro, spread, full=full)
     seen.most["update"] = seen.most.get("after backward", Counter()) + update_room(subject, recipe, spread)
     moment, parts = _most(seen)
-    if gpus > 1 and spread.shards == 1 and parts[GRADIENTS]:
+    if gpus > 1 and not spread.gathers and parts[GRADIENTS]:
         parts[REDUCED] += BUCKET_BYTES
     parts = parts + held
     parts[ROOM] += WORKSPACE

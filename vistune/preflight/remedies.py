@@ -68,7 +68,7 @@ def _same(recipe: Recipe, gpus: int) -> Iterator[Change]:
         yield Change(("parallel.shard=zero2",), "shard", 3, "the same step, more traffic")
     if gpus > 1 and said.shard != "zero3":
         yield Change(("parallel.shard=zero3",), "shard", 4, "the same step, half as much traffic again")
-    if gpus > 1 and not said.offload:  # on one GPU its count is too high to advise with
+    if not said.offload:
         shard = () if said.shard != "none" else ("parallel.shard=zero3",)
         yield Change((*shard, "parallel.offload=true"), "shard", 8, "the same step, much slower: the host updates")
 
