@@ -1,6 +1,6 @@
 """Asking a model about pictures: several turns, several images, streaming; and many questions at once.
 
-Builds prompts as training does and decodes through the stock `generate`. Knows nothing of benchmarks or servers.
+Knows nothing of benchmarks or servers.
 """
 
 from __future__ import annotations
@@ -11,66 +11,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from vistune import chat, console, images, ranks
+from vistune import console, images, ranks
+from vistune.asking import Question, Said, answers
+from vistune.decoding import Prompt, Settings, decode, marked, prompt, spoken
 from vistune.models.load import Loaded, load
 from vistune.models.quantize import load_quantized
-from vistune.samples import IMAGE_ID, IMAGE_MARK, Image, Message
+from vistune.samples import Image, Message
 
-Question = tuple[str, Sequence[Image]]
-"""A question with its images. Marks in the text say where they go; without marks they come first."""
+__all__ = [
+    "Chat",
+    "Prompt",
+    "Question",
+    "Said",
+    "Settings",
+    "Terminal",
+    "answer_batch",
+    "answers",
+    "converse",
+    "open_model",
+    "prompt",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How an answer is drawn. `temperature` 0 is greedy, and then `top_p` and `seed` say nothing."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt as the model takes it: ids with every image expanded; the pixels of each image as its layout prepares
-    them (uint8), and what the layout says of it (`Layout.grid`)."""
-
-    ids: list[int]
-    pixels: list[Tensor] = field(default_factory=list)
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
-
-
-def prompt(loaded: Loaded, messages: Sequence[Message], pictures: Sequence[Image]) -> Prompt:
-    """The prompt of a conversation whose last turn is a question. ValueError when marks and images do not match."""
-    marks = sum(message.text.count(IMAGE_MARK) for message in messages)
-    if pictures and marks != len(pictures):
-        raise ValueError(f"{len(pictures)} images for {marks} {IMAGE_MARK} in the conversation; give one for each")
-    encoded = chat.encode(loaded.template, loaded.encoder, messages, has_images=bool(pictures), open_turn=True)
-    return filled(loaded, encoded.ids, pictures)
-
-
-def filled(loaded: Loaded, encoded: Sequence[int], pictures: Sequence[Image]) -> Prompt:
-    """Encoded ids, `IMAGE_ID` once per picture, with the pictures in their places. Raises ImageError."""
-    opened = [images.open_image(picture) for picture in pictures]
-    sizes = iter(opened)
-    ids: list[int] = []
-    for one in encoded:
-        ids += [loaded.image_token_id] * loaded.layout.tokens(*next(sizes).size) if one == IMAGE_ID else [one]
-    grids = [grid for picture in opened if (grid := loaded.layout.grid(*picture.size)) is not None]
-    return Prompt(ids, [torch.from_numpy(loaded.layout.prepare(picture)) for picture in opened], grids)
-
-
-def marked(text: str, pictures: Sequence[Image]) -> str:
-    """`text` with a mark for each picture that has none, in front, one a line."""
-    missing = len(pictures) - text.count(IMAGE_MARK)
-    return f"{IMAGE_MARK}\n" * max(missing, 0) + text
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Chat:
@@ -105,108 +72,13 @@ class Chat:
 
 
 def answer_batch(loaded: Loaded, questions: Sequence[Question], max_new_tokens: int = 128, batch: int = 8) -> list[str]:
-    """Greedy answers in the questions' order. Prompts of near lengths run together, padded on the left."""
-    made = [prompt(loaded, [Message(role="user", text=marked(text, seen))], seen) for text, seen in questions]
-    return answer_prompts(loaded, made, Settings(max_new_tokens=max_new_tokens), batch)
-
-
-def answer_prompts(loaded: Loaded, made: Sequence[Prompt], settings: Settings, batch: int = 8) -> list[str]:
-    """Answers in the prompts' order. Prompts of near lengths run together, padded on the left."""
-    order = sorted(range(len(made)), key=lambda i: len(made[i].ids), reverse=True)
-    answers = [""] * len(made)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        for i, ids in zip(chosen, _generate(loaded, [made[i] for i in chosen], settings), strict=True):
-            answers[i] = _text(loaded, ids)
-    return answers
-
-
-@torch.no_grad()
-def _generate(
-    loaded: Loaded,
-    prompts: Sequence[Prompt],
-    settings: Settings,
-    streamer: BaseStreamer | None = None,
-    stop: Sequence[StoppingCriteria] = (),
-) -> list[list[int]]:
-    """New ids of each prompt, through the stock `generate`."""
-    model: Any = loaded.model
-    longest = max(len(p.ids) for p in prompts)
-    given: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if settings.temperature > 0:
-        given = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    given |= padded(loaded, prompts)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        out = model.generate(
-            max_new_tokens=settings.max_new_tokens,
-            pad_token_id=_pad(loaded),
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList(list(stop) or [_Stop(loaded, longest)]),
-            **given,
-        )
-    return out[:, longest:].tolist()
-
-
-def padded(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """The prompts as the class's own forward takes them, in one batch padded on the left."""
-    model: Any = loaded.model
-    longest, pad = max(len(p.ids) for p in prompts), _pad(loaded)
-    ids = [[pad] * (longest - len(p.ids)) + p.ids for p in prompts]
-    seen = [[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts]
-    rows = {"input_ids": ids, "attention_mask": seen}
-    return {name: torch.tensor(row, device=model.device) for name, row in rows.items()} | _images(loaded, prompts)
-
-
-def _images(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """The images of all prompts as the class's own forward takes them."""
-    model: Any = loaded.model
-    if not any(p.pixels for p in prompts):
-        return {}
-    pixels = [images.normalize(one.to(model.device), loaded.layout, model.dtype) for p in prompts for one in p.pixels]
-    inputs = loaded.family.inputs(pixels, [grid for p in prompts for grid in p.grids])
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
-def _pad(loaded: Loaded) -> int:
-    """Never seen, so any id but the image's will do."""
-    pad = loaded.tokenizer.pad_token_id
-    return pad if pad is not None else 0
-
-
-def _stop_ids(loaded: Loaded) -> set[int]:
-    """Ids that end an answer: the model's and tokenizer's end, and the template's stop where that is one token."""
-    model: Any = loaded.model
-    ends = model.generation_config.eos_token_id
-    found = set(ends if isinstance(ends, list) else [ends]) | {loaded.tokenizer.eos_token_id}
-    found.add(loaded.tokenizer.get_added_vocab().get(loaded.template.stop_string))
-    return {one for one in found if one is not None}
-
-
-def _text(loaded: Loaded, ids: Sequence[int]) -> str:
-    """What the ids say, up to what ends an answer, without spaces around it."""
-    ends = _stop_ids(loaded)
-    length = next((i for i, one in enumerate(ids) if one in ends), len(ids))
-    text = loaded.tokenizer.decode(ids[:length], skip_special_tokens=True).lstrip()
-    stop = loaded.template.stop_string
-    return (text.partition(stop)[0] if stop else text).rstrip()
-
-
-class _Stop(StoppingCriteria):
-    """Ends a row whose last token ends an answer or whose text holds the template's stop string, or when told to."""
-
-    def __init__(self, loaded: Loaded, start: int):
-        self.start, self.told, self.tokenizer = start, False, loaded.tokenizer
-        self.ends, self.stop = _stop_ids(loaded), loaded.template.stop_string
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        rows = input_ids[:, self.start :].tolist()
-        return torch.tensor([self._ends(row) for row in rows], device=input_ids.device)
-
-    def _ends(self, row: list[int]) -> bool:
-        if self.told or row[-1] in self.ends:
-            return True
-        return bool(self.stop) and self.stop in self.tokenizer.decode(row, skip_special_tokens=True).lstrip()
+    """Greedy answers in the questions' order. ValueError for a question that cannot be asked."""
+    found = [""] * len(questions)
+    for at, said in answers(loaded, questions, max_new_tokens, batch):
+        if said.error:
+            raise ValueError(said.error)
+        found[at] = said.text
+    return found
 
 
 class _Pieces(BaseStreamer):
@@ -227,19 +99,19 @@ class _Pieces(BaseStreamer):
 
 def _stream(loaded: Loaded, made: Prompt, settings: Settings) -> Iterator[str]:
     """Pieces of the answer. Closing the iterator ends the generation."""
-    pieces, stop = _Pieces(), _Stop(loaded, len(made.ids))
-    thread = threading.Thread(target=_run, args=(loaded, made, settings, pieces, stop), daemon=True)
+    pieces, told = _Pieces(), threading.Event()
+    thread = threading.Thread(target=_run, args=(loaded, made, settings, pieces, told), daemon=True)
     thread.start()
     try:
         yield from _readable(loaded, pieces.queue)
     finally:
-        stop.told = True
+        told.set()
         thread.join()
 
 
-def _run(loaded: Loaded, made: Prompt, settings: Settings, pieces: _Pieces, stop: _Stop) -> None:
+def _run(loaded: Loaded, made: Prompt, settings: Settings, pieces: _Pieces, told: threading.Event) -> None:
     try:
-        _generate(loaded, [made], settings, pieces, [stop])
+        decode(loaded, [made], settings, streamer=pieces, told=told)
     except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that reads
         pieces.queue.put(error)
     pieces.queue.put(None)
@@ -254,13 +126,13 @@ def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Itera
         if isinstance(one, BaseException):
             raise one
         ids.append(one)
-        text = _text(loaded, _settled(loaded, ids)).rstrip("\ufffd")
-        held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
-        certain = text[: len(text) - held]
+        so_far = spoken(loaded, _settled(loaded, ids)).rstrip("\ufffd")
+        held = next((n for n in range(len(stop) - 1, 0, -1) if so_far.endswith(stop[:n])), 0)
+        certain = so_far[: len(so_far) - held]
         if certain.startswith(said) and len(certain) > len(said):
             yield certain[len(said) :]
             said = certain
-    whole = _text(loaded, ids)
+    whole = spoken(loaded, ids)
     if len(whole) > len(said):
         yield whole[len(said) :]
 
@@ -285,24 +157,30 @@ def open_model(
     quantize: str = "",
     base: str | Path | None = None,
     *,
-    template: str | None = None,
+    template: str = "",
     precision: str = "",
 ) -> Loaded:
-    """What is to be asked, on its device: in bf16, on a CPU in fp32, or in `precision`; or with its language model in
-    "8bit" or "4bit".
+    """What is to be asked, on its device; or with its language model in "8bit" or "4bit".
 
     `model`: a folder or checkpoint in any format, a run, a hub id; `base`: the other half of an adapter; `template`:
-    instead of the folder's. Raises ValueError.
+    instead of the folder's; `precision`: see `precision_on`. Raises ValueError.
     """
-    if precision and precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     place = ranks.start(device)
-    dtype = PRECISIONS[precision or ("fp32" if place.type == "cpu" else "bf16")]
+    dtype = PRECISIONS[precision_on(place, precision)]
+    if dtype == torch.float32 and place.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # or patches would be embedded in ten bits
     if quantize:
-        return load_quantized(model, quantize, dtype=dtype, device=place, base=base, template=template)
-    loaded = load(model, dtype=dtype, base=base, template=template)
+        return load_quantized(model, quantize, dtype=dtype, device=place, base=base, template=template or None)
+    loaded = load(model, dtype=dtype, base=base, template=template or None)
     loaded.model.to(place)  # type: ignore[arg-type]
     return loaded
+
+
+def precision_on(device: torch.device, precision: str = "") -> str:
+    """What is computed in there: as said (fp32, bf16, fp16), else bf16, on a CPU fp32. ValueError for another word."""
+    if precision and precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision}: choose {', '.join(PRECISIONS)}")
+    return precision or ("fp32" if device.type == "cpu" else "bf16")
 
 
 def converse(loaded: Loaded, pictures: list[Path], ask: str, settings: Settings) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from vistune.generate import Settings, _generate, prompt
+from vistune.decoding import Settings, decode, prompt
 from vistune.models import attention
 from vistune.models.load import Loaded, load
 from vistune.models.shipped.configuration_llavaonevision1_5 import Llavaonevision1_5Config, RiceConfig
@@ -124,7 +124,7 @@ def test_prompts_and_answers(name: str) -> None:
     assert whole.ids[:length] == vectors()[f"{name}/input_ids"].tolist()[:length]
     ask = [prompt(loaded, turns[:first], images(name)[: sum(t.text.count("<image>") for t in turns[:first])])]
     assert ask[0].ids == whole.ids[: said["prompt_len"]]
-    found = _generate(loaded, ask, Settings(max_new_tokens=12), stop=[lambda ids, scores: torch.tensor([False])])[0]
+    found = decode(loaded, ask, Settings(max_new_tokens=12), endless=True)[0].ids
     safe = said["greedy_safe_len"]
     assert found[:safe] == said["greedy_ids"][:safe]
 
