@@ -5,21 +5,18 @@ Every text of the data is escaped by the templates in `pages/`.
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFile
 
+from vistune import pages
 from vistune.anyres import AnyresLayout
 from vistune.data.checking import guarded, pictures
 from vistune.data.checking.findings import Finding, Report
@@ -34,18 +31,16 @@ PER_SOURCE, PER_CODE = 6, 30  # examples on a check's page
 _THUMBNAIL, _PICTURE = 168, 640  # longest side in pixels
 _EXCERPT = 240  # characters
 
-_pages = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=True, trim_blocks=True
-)
+_PAGES = Path(__file__).parent / "pages"
 
 
 def check_page(report: Report, readers: Sequence[Reader], out: Path, *, workers: int = 1) -> None:
     """The page of a check: counts, sources, lengths, and the first findings of every code with their pictures."""
     summary = report.summary
     examples = list(_examples(report, readers, workers))
-    write(
+    pages.write(
         out,
-        "check.html",
+        _PAGES / "check.html",
         s=summary,
         names=", ".join(source["name"] for source in summary["sources"]),
         took=f"{summary['seconds'] / 60:.0f} minutes" if summary["seconds"] > 120 else f"{summary['seconds']:g} s",
@@ -72,38 +67,15 @@ def show_page(
     """A page of about `rows` samples with every token: with a plan the first packs of the run, whole; else the first
     rows of every source; or the `wanted` (source, row), with their places in the plan where there is one."""
     packs = packs_in_order(plan, rows, wanted) if plan else rows_in_order(readers, rows, wanted)
-    write(
+    pages.write(
         out,
-        "show.html",
+        _PAGES / "show.html",
         title=title or ", ".join(reader.name for reader in readers),
         length=length,
         packs=[(pack, [view(readers, *place, language, length) for place in pack.shown]) for pack in packs],
         picture=functools.partial(_figure, language.layout),
         planned=plan is not None,
     )
-
-
-def write(out: Path, template: str, **values: Any) -> None:
-    """Render `template` into `out`, beside first and then renamed."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    text = _pages.get_template(template).render(**values)
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(beside, out)
-
-
-def picture_uri(image: Image, side: int = _PICTURE) -> str:
-    """The picture as a data URI, at most `side` pixels long. Raises ImageError."""
-    picture = open_image(image)
-    picture.thumbnail((side, side))
-    return _data_uri(picture)
-
-
-def _data_uri(picture: PIL.Image.Image) -> str:
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _figure(layout: Layout, image: Image) -> tuple[str, str, str]:
@@ -117,7 +89,7 @@ def _figure(layout: Layout, image: Image) -> tuple[str, str, str]:
         picture.thumbnail((_PICTURE, _PICTURE))
         if isinstance(layout, AnyresLayout):
             _draw_cuts(picture, *layout.cuts(*size))
-        return _data_uri(picture), "", _laid_out(layout, *size)
+        return pages.data_uri(picture, _PICTURE), "", _laid_out(layout, *size)
     except ImageError as error:
         return "", str(error), ""
 
@@ -228,7 +200,7 @@ def _thumbnail(sample: Sample, found: Finding, folders: tuple[str, ...]) -> tupl
     # What is left of a torn picture shows what it was. This process makes thumbnails and nothing else.
     PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        return picture_uri(image, _THUMBNAIL), ""
+        return pages.data_uri(open_image(image), _THUMBNAIL), ""
     except (ImageError, OSError, ValueError):
         return "", "cannot be opened"
 
