@@ -119,7 +119,8 @@ class Loop:
     """All that a step needs. `flops` gives the floating point operations of one micro-batch, forward and backward.
 
     `beat` hears what this rank is about to do (data, forward, update, save) with which samples (source, row).
-    `ending` says that the run cannot go on: every rank then calls `save` after the same step, and it raises.
+    `asks` says after which steps `evaluate` is called, when what is due is saved. `ending` says that the run cannot go on: every rank then calls `save` after the same step, and it raises.
+    `run` sets `stopping`, whether this rank was asked to stop, and `note`, which puts words beside the bar.
     `late`: how many steps may be asked of the device before the row of the first of them is read.
     """
 
@@ -136,7 +137,11 @@ class Loop:
     report: Callable[[dict[str, Any]], None]
     save: Callable[[State], None]
     beat: Callable[[str, Keys], None] = lambda phase, keys: None
+    asks: Callable[[int], bool] = lambda step: False
+    evaluate: Callable[[State], None] = lambda state: None
     ending: Callable[[], bool] = lambda: False
+    stopping: Callable[[], bool] = lambda: False
+    note: Callable[[str], None] = lambda text: None
     late: int = -1
 
     def __post_init__(self) -> None:
@@ -156,22 +161,29 @@ class Loop:
     def run(self, batches: Iterator[list[Batch]]) -> None:
         """Steps `state.step + 1 .. steps`. Raises Interrupted after a signal, ValueError when the run must stop."""
         stop = Stop()
+        self.stopping = lambda: stop.signal != 0
         self._scale = None
         try:
             with console.progress("{task.fields[note]}") as bar:
                 task = bar.add_task("train", total=self.steps, completed=self.state.step, note="")
+                self.note = lambda text: bar.update(task, note=text)
                 while self.state.step < self.steps:
                     self._before = self._before or Mark(self.device)
                     self.beat("data", [])
                     stopped = self.step(next(batches), stop)
                     due = self.state.step % self.recipe.checkpoint.every == 0 or self.state.step == self.steps
-                    for row in self.rows(0 if due or stopped else self.late):
+                    asked = self.asks(self.state.step) and not stopped
+                    for row in self.rows(0 if due or stopped or asked else self.late):
                         self.report(row)
                         bar.update(task, completed=row["step"], note=f"loss {row['loss']:.4f}")
                     if due or stopped:
                         self.beat("save", [])
                         self.save(self.state)
-                        self._before = None  # a save is no part of the next step's time
+                    if asked:
+                        self.beat("evaluate", [])
+                        self.evaluate(self.state)
+                    if due or stopped or asked:
+                        self._before = None  # what is between two steps is no part of the next one's time
                     if stopped and self.state.step < self.steps:
                         raise Interrupted(stop.signal or signal.SIGTERM, self.state.step)
         except Exception as error:

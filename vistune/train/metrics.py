@@ -117,6 +117,10 @@ class Report:
         self.lines.step(row)
         self._tell(lambda tracker: tracker.step(row))
 
+    def evaluated(self, figures: dict[str, Any]) -> None:
+        """The figures of an evaluation, for the trackers; nested, with their `step`."""
+        self._tell(lambda tracker: tracker.step(figures))
+
     def stop(self) -> None:
         self.lines.stop()
         self._tell(lambda tracker: tracker.stop())

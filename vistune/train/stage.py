@@ -23,7 +23,7 @@ from vistune.inputs import Data
 from vistune.models import filling
 from vistune.models import load as models
 from vistune.recipe import Recipe, dump
-from vistune.train import adapters, learn, metrics
+from vistune.train import adapters, evaluating, learn, metrics
 from vistune.train.guarding import lock
 from vistune.train.guarding.quarantine import Ledger
 from vistune.train.guarding.watchdog import Watchdog
@@ -31,6 +31,7 @@ from vistune.train.keeping import checkpoint, export, record
 from vistune.train.keeping.saving import Saver
 from vistune.train.learn import Learned
 from vistune.train.loop import Loop, State, line
+from vistune.train.measuring.rounds import Rounds
 from vistune.train.spreading import parallel, precision
 from vistune.train.step import StepModule
 from vistune.train.updating.optimizer import Optimizer
@@ -57,12 +58,13 @@ def _run(recipe: Recipe, device: torch.device, watch: Watchdog) -> dict[str, Any
     learned = learn.apply(loaded.model, loaded.family, recipe)
     show_parts(loaded, learned)
     data = read_data(recipe, loaded, folder)
+    asked = evaluating.read(recipe, loaded, folder)
     loop = make_loop(recipe, folder, device, loaded, learned, data)
     record.write_environment(folder, recipe, data.index, loop)
     if done := record.finished(folder, loop):
         return done
     be_watched(watch, recipe, folder, data, loop)
-    train(recipe, folder, loaded, learned, data, loop)
+    train(recipe, folder, loaded, learned, data, loop, asked)
     watch.beat(loop.state.step, "finish", [])
     return finish(recipe, folder, loaded, data, loop)
 
@@ -215,7 +217,7 @@ def be_watched(watch: Watchdog, recipe: Recipe, folder: Path, data: Data, loop: 
         return [(int(columns["source"][position]), int(columns["row"][position])) for position in positions]
 
     def beat(phase: str, keys: list[tuple[int, int]]) -> None:
-        watch.beat(loop.state.step + (phase != "save"), phase, keys)
+        watch.beat(loop.state.step + (phase not in ("save", "evaluate")), phase, keys)
 
     watch.folder, watch.planned = folder, planned
     watch.sources = [source.name or Path(source.path).name for source in inputs.sources_of(recipe.data)]
@@ -229,6 +231,7 @@ def train(
     learned: list[Learned],
     data: Data,
     loop: Loop,
+    asked: evaluating.Asked | None = None,
 ) -> None:
     """Resume or try a save, then all the steps that are left, with everybody told."""
     followed = parallel.followed(loaded.model)
@@ -236,7 +239,7 @@ def train(
     complete = export.completing(recipe, loaded) if ranks.is_first() else None
     saver = Saver(folder, recipe.checkpoint.keep, recipe.checkpoint.background, complete)
 
-    def save(state: State) -> None:
+    def save(state: State, then: Callable[[], None] | None = None) -> None:
         saved = {
             "state": state.as_dict(),
             "recipe": recipe.model_dump(mode="json"),
@@ -244,7 +247,7 @@ def train(
             "quarantine": loop.ledger.state(),
         }
         now = checkpoint.tensors(learned, loop.optimizer, followed)
-        saver.save(state.step, now, saved)
+        saver.save(state.step, now, saved, then)
 
     if saved := checkpoint.folders(folder):
         loop.state = State.from_dict(_take_up(saved[-1], tensors, data))
@@ -265,12 +268,37 @@ def train(
                 console.say(line(row, loop.steps))
 
     loop.report = tell
+    evaluator = evaluate(recipe, loaded, loop, asked, saver, save, report) if asked else None
     try:
         with saver:
+            if evaluator is not None:
+                evaluator.make_up()
             loop.run(batches_left(recipe, data, loop))
     finally:
         if report is not None:
             report.stop()
+
+
+def evaluate(
+    recipe: Recipe,
+    loaded: models.Loaded,
+    loop: Loop,
+    asked: evaluating.Asked,
+    saver: Saver,
+    save: evaluating.Save,
+    report: metrics.Report | None,
+) -> evaluating.Evaluator:
+    """Have the loop stop where an evaluation is due, with everybody told."""
+
+    def beat(what: str) -> None:
+        loop.beat("evaluate", [])
+        loop.note(what)
+
+    rounds = Rounds(recipe, loaded, loop.module, loop.device, loop.dtype, beat, lambda: loop.stopping())
+    tell = report.evaluated if report is not None else lambda figures: None
+    evaluator = evaluating.Evaluator(asked, rounds, loop, saver, save, tell)
+    loop.asks, loop.evaluate = evaluator.due, evaluator.evaluate
+    return evaluator
 
 
 def batches_left(recipe: Recipe, data: Data, loop: Loop) -> Iterator[list[Batch]]:
@@ -322,10 +350,12 @@ def _try_export(folder: Path, loaded: models.Loaded) -> None:
 def finish(recipe: Recipe, folder: Path, loaded: models.Loaded, data: Data, loop: Loop) -> dict[str, Any]:
     """Write the model folder and the summary."""
     rows = metrics.read(folder) if ranks.is_first() else []
-    summary = ranks.from_first(record.summarize(folder, rows, loop) if rows else {})
+    summary = ranks.from_first(record.summarize(folder, rows, loop) | evaluating.summary(folder) if rows else {})
     model = export.write(recipe, folder, loaded, record.card(recipe, data.index, summary))
     if ranks.is_first():
         with checkpoint.disk_errors(folder):
             record.write(folder / "summary.json", json.dumps(summary, indent=2))
     console.say(f"model folder: {model}")
+    if (known := summary.get("best")) and known["step"] != summary["steps"]:
+        console.say(evaluating.how_to_use(known))
     return summary

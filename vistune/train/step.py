@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,3 +40,8 @@ class StepModule(nn.Module):
         for held, before in kept:  # nobody's picture is no part of the statistics
             held.data.copy_(before)
         return cross_entropy_sum(hidden_TD.index_select(0, batch.rows), self.family.head(self.model), batch.targets)
+
+    def lend(self, work: Callable[[], Any]) -> Any:
+        """Call `work`, which runs the model without this module; where weights lie in shards, with those gathered that
+        are in no layer, as a forward has them."""
+        return work()

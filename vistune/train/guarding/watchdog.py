@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from vistune import console, ranks
 
-PHASES = ("start", "data", "forward", "update", "save", "finish")
+PHASES = ("start", "data", "forward", "update", "save", "evaluate", "finish")
 CODE = 3  # exit code of a run that ended because a rank stood still or was lost
 STILL = 0.8  # of parallel.timeout without a beat: before the collectives' own time is over, and they end it wordless
 _SHOWN = 16  # samples in a message
@@ -61,8 +61,8 @@ class Watchdog:
     """A context around a run, on every rank. `timeout`: seconds a collective may take.
 
     A rank is behind when its beat is `STILL` of the timeout old. Not counted: the start and the end of a run, saves,
-    and in the first step all but its data, since compilation falls there. A rank is gone when its thread has given no
-    sign of life for a third of the timeout, a minute at most; or shortly after a collective broke.
+    evaluations, and in the first step all but its data, since compilation falls there. A rank is gone when its thread
+    has given no sign of life for a third of the timeout, a minute at most; or shortly after a collective broke.
     Then one message says who, where and with which samples, and the process ends with `CODE`, as do the others.
     """
 

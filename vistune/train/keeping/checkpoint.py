@@ -28,7 +28,7 @@ from vistune.train.learn import Learned
 from vistune.train.updating.optimizer import Optimizer
 
 MAY_DIFFER = (
-    *("name", "run", "parallel", "checkpoint", "log"),
+    *("name", "run", "parallel", "checkpoint", "log", "evaluate"),
     *("data.workers", "data.cache", "data.strict", "data.quarantine_cap"),
 )
 """Keys of the recipe that may differ between a run and its resumption: nothing here touches a weight."""

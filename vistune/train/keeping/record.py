@@ -61,9 +61,24 @@ def card(recipe: Recipe, index: Index, summary: dict[str, Any]) -> str:
         f"## What learned\n\n{rates}\n\n## Data\n\n{sources}\n\n"
         f"{summary['samples']:,} samples, {summary['tokens']:,} tokens, {summary['steps']:,} steps, "
         f"{summary['quarantined']} rows set aside. Index `{index.hash[:16]}`.\n\n"
-        f"## Scores\n\n- loss, mean of the last 10 steps: {summary['last_loss']:.4f}\n\n"
+        f"## Scores\n\n- loss, mean of the last 10 steps: {summary['last_loss']:.4f}\n{_scores(summary)}\n"
         f"## Recipe\n\n```toml\n{dump(recipe).strip()}\n```\n"
     )
+
+
+def _scores(summary: dict[str, Any]) -> str:
+    """Lines of what was asked while it trained: at the end, and of the best checkpoint where that is another."""
+    last, known = summary.get("evaluation"), summary.get("best")
+    if last is None:
+        return ""
+    found = {} if last["held_out_loss"] is None else {"held-out loss": f"{last['held_out_loss']:.4f}"}
+    for name, value in last["headline"].items():
+        share = last["partial"].get(name)
+        found[name] = f"{value:.4g}" + (f", asked {share:.1%} of its questions" if share else "")
+    lines = [f"- {name}: {text}\n" for name, text in found.items()]
+    if known is not None and known["step"] != last["step"]:
+        lines.append(f"- best {known['by']}, at step {known['step']}: {known['value']:.4g}\n")
+    return "".join(lines)
 
 
 def write_environment(folder: Path, recipe: Recipe, index: Index, loop: Loop) -> None:

@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from vistune import console, ranks
-from vistune.train.keeping import checkpoint
+from vistune.train.keeping import best, checkpoint
 
 _SPARE = 0.9  # of the host's free memory that a copy may take
 
 
 class Saver:
-    """The checkpoints of one run, of which the newest `keep` stay. Made, used and left by all ranks alike.
+    """The checkpoints of one run, of which the newest `keep` stay, and the best. Made, used and left by all ranks alike.
 
     With `background` the tensors are copied before `save` returns and written by a thread; without, or when the host
     has no memory for the copy, `save` returns when they are on disk. As a context it waits for the last one.
@@ -44,14 +44,16 @@ class Saver:
         # One process without a process group is a case of its own for DCP, and meant; it warns from its thread.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], then: Callable[[], None] | None = None
+    ) -> Path:
         """Begin checkpoint `step`, when the one before it is whole; a kill at any moment leaves the older ones whole.
 
-        The tensors may change when this returns. Raises ValueError for a disk that cannot take it, or did not take the
-        checkpoint before.
+        The tensors may change when this returns. `then` is called on rank 0 when this one is whole. Raises ValueError
+        for a disk that cannot take it, or did not take the checkpoint before.
         """
         self.wait()
-        writer = _Writer(self.run, step, state, self.keep, self.complete)
+        writer = _Writer(self.run, step, state, self.keep, self.complete, then)
         mine = share(tensors)
         copied = self._copy(mine) if self.background else None
         with checkpoint.disk_errors(writer.target):
@@ -143,9 +145,15 @@ class _Writer(dcp.FileSystemWriter):
     """Writes beside; rank 0 makes the checkpoint count by a rename, when every rank's files are flushed to the disk."""
 
     def __init__(
-        self, run: Path, step: int, state: dict[str, Any], keep: int, complete: Callable[[Path], None] | None = None
+        self,
+        run: Path,
+        step: int,
+        state: dict[str, Any],
+        keep: int,
+        complete: Callable[[Path], None] | None = None,
+        then: Callable[[], None] | None = None,
     ):
-        self.run, self.keep, self.complete = run, keep, complete
+        self.run, self.keep, self.complete, self.then = run, keep, complete, then
         self.target = checkpoint.folder_of(run, step)
         self.beside = self.target.with_name(self.target.name + ".tmp")
         self.state = json.dumps(state)  # now: the run goes on
@@ -174,8 +182,12 @@ class _Writer(dcp.FileSystemWriter):
             shutil.rmtree(self.target, ignore_errors=True)
             os.replace(self.beside, self.target)
         _sync(self.target.parent)
+        if self.then is not None:
+            self.then()
+        known = best.read(self.run)
         for old in checkpoint.folders(self.run)[: -self.keep]:
-            remove(old)
+            if known is None or old != known.folder(self.run):
+                remove(old)
 
 
 def remove(folder: Path) -> None:

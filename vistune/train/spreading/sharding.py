@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from vistune import ranks
 from vistune.models.families import Family
@@ -41,6 +48,7 @@ def shard(
         # Plain sums: the loss is divided by the tokens of all ranks already, and every backend can sum.
         one.set_force_sum_reduction_for_comms(True)
         one.set_gradient_divide_factor(1.0)
+    register_fsdp_forward_method(root, "lend")
     root.register_forward_hook(_let_go)
 
 
@@ -81,8 +89,13 @@ def _let_go(root: nn.Module, given: Any, loss: Tensor) -> None:
     """Backward lets go of what forward gathered. After a forward without one it is done here: else the next forward
     would find weights from before the update."""
     if not loss.requires_grad:
-        for one in _wrapped(root):
-            one.reshard()
+        let_go(root)
+
+
+def let_go(root: nn.Module) -> None:
+    """Hold shards alone again."""
+    for one in _wrapped(root):
+        one.reshard()
 
 
 def _wrapped(root: nn.Module) -> list[FSDPModule]:
