@@ -109,23 +109,26 @@ def decode(
     streamer: BaseStreamer | None = None,
     endless: bool = False,
     told: Event | None = None,
+    alike: bool = False,
 ) -> list[New]:
     """New ids of each prompt. Rows that have ended leave the batch when half of them have; what the others say does not
-    depend on it. `endless`: nothing but the number of tokens ends an answer; `told` ends all of them.
+    depend on it. `endless`: nothing but the number of tokens ends an answer; `told` ends all of them. `alike`: every
+    rank calls this, and runs the model as often as the others do, as one whose weights lie in shards must.
     """
     found, left = [New() for _ in prompts], list(range(len(prompts)))
     given: dict[str, Any] = _rows(loaded, prompts) | _pixels(loaded, prompts)
     while left:
         start = given["input_ids"].shape[1]
-        stop = _Stop(loaded, start, len(left), endless=endless, told=told, shrinks=_can_shrink(loaded))
+        shrinks = _can_shrink(loaded) and not alike
+        stop = _Stop(loaded, start, len(left), endless=endless, told=told, shrinks=shrinks)
         watch = _Margins(stop)
         budget = settings.max_new_tokens - len(found[left[0]].ids)
-        out = _generate(loaded, given, settings, budget, streamer, stop, watch)
+        out = _generate(loaded, given, settings, budget, streamer, stop, watch, alike)
         for row, (new, margin) in enumerate(zip(out.sequences[:, start:].tolist(), watch.least.tolist(), strict=True)):
             found[left[row]].ids += new[: stop.ended.get(row)]
             found[left[row]].margin = min(found[left[row]].margin, margin)
         kept = [row for row in range(len(left)) if row not in stop.ended]
-        if not kept or out.sequences.shape[1] - start >= budget or (told and told.is_set()):
+        if alike or not kept or out.sequences.shape[1] - start >= budget or (told and told.is_set()):
             break
         left = [left[row] for row in kept]
         given = _fewer(out, given["attention_mask"], kept)
@@ -140,6 +143,7 @@ def _generate(
     streamer: BaseStreamer | None,
     stop: _Stop,
     watch: _Margins,
+    alike: bool,
 ) -> Any:
     model: Any = loaded.model
     greedy = settings.temperature <= 0
@@ -156,6 +160,7 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([stop]),
             logits_processor=LogitsProcessorList([watch] if greedy else []),
             return_dict_in_generate=True,
+            synced_gpus=alike,
         )
 
 
