@@ -116,7 +116,7 @@ def decode(
     rank calls this, and runs the model as often as the others do, as one whose weights lie in shards must.
     """
     found, left = [New() for _ in prompts], list(range(len(prompts)))
-    given: dict[str, Any] = _rows(loaded, prompts) | _pixels(loaded, prompts)
+    given: dict[str, Any] = together(loaded, prompts)
     while left:
         start = given["input_ids"].shape[1]
         shrinks = _can_shrink(loaded) and not alike
@@ -169,6 +169,11 @@ def _drawn(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def together(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """One batch of prompts as the class's own forward takes it, padded on the left."""
+    return _rows(loaded, prompts) | _pixels(loaded, prompts)
 
 
 def _rows(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
