@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vistune.evaluate import sheet
-from vistune.evaluate.benchmarks import Benchmark
+from vistune.evaluate.benchmarks import LETTER, Benchmark
 from vistune.evaluate.items import Answer, Question, Result, item, match, percent
 from vistune.evaluate.official import Place
 from vistune.samples import Image
@@ -59,7 +59,7 @@ class MMBench(Benchmark):
     published: ClassVar[int | None] = 4377
     max_new_tokens: ClassVar[int] = 1024
     server: ClassVar[str] = "the MMBench server, https://mmbench.opencompass.org.cn"
-    suffix: ClassVar[str] = "Answer with the option's letter from the given choices directly."
+    suffix: ClassVar[str] = LETTER
     files: ClassVar[tuple[str, ...]] = (
         *("mmbench_dev_20230712.tsv", "mmbench_dev_en_*.tsv", "MMBench_DEV_EN*.tsv"),
         *("mmbench_test_20230712.tsv", "mmbench_test_en_*.tsv", "MMBench_TEST_EN*.tsv"),
@@ -116,7 +116,7 @@ class MMBench(Benchmark):
         more = {"round_id": 0, "options": options, "option_char": list(LETTERS[: len(options)])}
         return Question(
             id=index,
-            text="\n".join([*lines, self.suffix]),
+            text="\n".join(lines) + self.suffix,
             category=_cell(row, "category"),
             truth=_cell(row, "answer"),
             row=more,
@@ -131,7 +131,7 @@ class MMBenchCN(MMBench):
     also = ("mmb_cn", "mmbcn", "mmbench_dev_cn")
     folders = ("mmbench_cn", "MMBench_CN", "mmbench")
     published = 4329
-    suffix = "请直接回答选项字母。"
+    suffix = "\n请直接回答选项字母。"
     files = (
         *("mmbench_dev_cn_20231003.tsv", "mmbench_dev_cn_*.tsv", "MMBench_DEV_CN*.tsv"),
         *("mmbench_test_cn_*.tsv", "MMBench_TEST_CN*.tsv"),
@@ -154,8 +154,8 @@ def letter(text: str, options: Sequence[str]) -> str | None:
 def _scored(question: Question, row: Row, answer: Answer | None) -> dict[str, Any]:
     parsed = None if answer is None else letter(answer.text, question.row["options"])
     right = None if answer is None or not question.truth else parsed == question.truth
-    more = {"parsed": parsed, "l2_category": _cell(row, "l2-category")}
-    return item(question, answer.text if answer else None, right, **more)
+    ability = _cell(row, "l2-category")
+    return item(question, answer.text if answer else None, right, parsed=parsed, l2_category=ability)
 
 
 def _figures(items: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vistune.evaluate import official
-from vistune.evaluate.benchmarks import Benchmark
+from vistune.evaluate.benchmarks import SHORT, Benchmark
 from vistune.evaluate.items import Answer, Matched, Question, Result, item, match, percent
 from vistune.evaluate.official import Place
 from vistune.samples import Image
@@ -26,7 +26,6 @@ TEXTS = "questions_answers_YN"
 
 RELEASE = "MME_Benchmark_release_version"
 YES_NO = "Please answer yes or no."
-SHORT = "Answer the question using a single word or phrase."
 PICTURES = (".jpg", ".png", ".jpeg")
 
 OFFICIAL, LMMS_EVAL = "parsed_official", "parsed_lmms_eval"
@@ -108,8 +107,7 @@ class MME(Benchmark):
                 raise ValueError(f"MME: {category}/{stem}: {entry.question!r} has no answer; calculation.py wants all")
             told = (f"{stem}.txt", entry.question, entry.truth, _one_line(answer.text))
             lines.setdefault(category, []).append("\t".join(told) + "\n")
-        (out / "results").mkdir(parents=True, exist_ok=True)
-        return [_write(out / "results" / f"{category}.txt", "".join(rows)) for category, rows in lines.items()]
+        return [official.write(out / "results" / f"{name}.txt", "".join(rows)) for name, rows in lines.items()]
 
 
 def parse_official(text: str) -> str:
@@ -143,7 +141,7 @@ def _scored(question: Question, entry: Entry, answer: Answer | None) -> dict[str
     question = replace(question, category=entry.topic[0], truth=entry.truth)
     if answer is None:
         return item(question, None, None, **dict.fromkeys(PARSERS))
-    parsed: dict[str, str | None] = {name: parse(answer.text) for name, parse in PARSERS.items()}
+    parsed: dict[str, Any] = {name: parse(answer.text) for name, parse in PARSERS.items()}
     right = parsed[OFFICIAL] == entry.truth.lower()
     if not _fits(answer.text):
         parsed[OFFICIAL] = None
@@ -201,7 +199,7 @@ def _topic(id: object) -> Topic:
 
 def _bare(text: str) -> str:
     """A question without the words that say how to answer, whichever they are."""
-    return text.removeprefix("<image>").replace(SHORT, "").replace(YES_NO, "").strip()
+    return text.removeprefix("<image>").replace(SHORT.strip(), "").replace(YES_NO, "").strip()
 
 
 def _listed(place: Place, path: Path) -> list[Question]:
@@ -224,7 +222,7 @@ def _made(place: Place, release: Path) -> list[Question]:
         below = f"{category}/images" if entry.file.parent.name == TEXTS else category
         pictures = (place.images or release) / below
         path = next((path for end in PICTURES if (path := pictures / f"{stem}{end}").exists()), pictures / stem)
-        image, text = Image(path=str(path)), f"{_bare(entry.question)}\n{SHORT}"
+        image, text = Image(path=str(path)), f"{_bare(entry.question)}{SHORT}"
         id = f"{below}/{path.name}"
         found.append(Question(id=id, text=text, images=(image,), category=category, truth=entry.truth))
     return found
@@ -273,10 +271,3 @@ def _lines(category: str, file: Path) -> Iterator[Entry]:
         if not tab or truth.lower() not in ("yes", "no"):
             raise ValueError(f"{file}:{number}: {line[:80]!r} is no question, tab, and Yes or No; fetch it again")
         yield Entry((category, file.name.split(".")[0]), file, question, truth)
-
-
-def _write(path: Path, text: str) -> Path:
-    beside = path.with_suffix(".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-    return path
