@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.test_scienceqa_format import PROBLEMS
 from vistune.data.formats import open_source
 from vistune.data.reading.json_members import BadRow, Lookup, Rows, find_members
 from vistune.data.tokenize import check_marks
@@ -474,6 +475,7 @@ MUTATED = {
     "okvqa": (VQA_QUESTIONS, {"annotations": VQA_ANNOTATIONS}),
     "visual_genome": (REGIONS, {"image_data": IMAGE_DATA}),
     "refcoco": (REFS, {"instances": INSTANCES}),
+    "scienceqa": (PROBLEMS, {}),
     "sharegpt": ([{"id": "a", "conversations": [{"from": "human", "value": "Hi"}]}], {}),
 }
 SWAPS = [b"null", b"[]", b"{}", b'"\\ud800"', b"1e999", b"9" * 400, b"NaN", b"true", b"-1", b"", b'"', b"}"]

@@ -20,6 +20,7 @@ import pytest
 from conftest import turns
 from test_annotations import GQA, IMAGE_DATA, INSTANCES, OCRVQA, REFS, REGIONS, TEXTCAPS, VQA_ANNOTATIONS, VQA_QUESTIONS
 
+from tests.data.test_scienceqa_format import PROBLEMS
 from vistune.data.formats import FORMATS, Reader, open_source
 from vistune.data.writers import open_writer
 from vistune.samples import Image, Message, Sample, SampleError
@@ -88,6 +89,7 @@ EXAMPLES: dict[str, Callable[[Path], Example]] = {
     "ocrvqa": dumped("dataset.json", OCRVQA),
     "okvqa": dumped("questions.json", VQA_QUESTIONS, annotations=VQA_ANNOTATIONS),
     "refcoco": dumped("refs.json", REFS * 2, instances=INSTANCES),
+    "scienceqa": dumped("problems.json", PROBLEMS),
     "sharegpt": dumped("sharegpt.json", TALKS),
     "textcaps": dumped("textcaps.json", TEXTCAPS),
     "visual_genome": dumped("regions.json", REGIONS, image_data=IMAGE_DATA),

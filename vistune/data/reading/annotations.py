@@ -16,11 +16,13 @@ from vistune.samples import IMAGE_MARK, Fault, Image, Message, Sample, SampleErr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotation:
-    """What a row of an annotation file says: questions and answers about one picture, called by its path."""
+    """What a row of an annotation file says: questions and answers about one picture, called by its path, or about none
+    (""). The picture's mark comes before the first question, or after it."""
 
     id: str
     picture: str
     rounds: Sequence[tuple[str, str]]
+    after: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,8 +51,8 @@ class Annotations:
             id=found.id,
             source=self.name,
             row=row,
-            messages=messages_of(found.rounds),
-            images=(Image(path=self.folders.resolve(found.picture)),),
+            messages=messages_of(found.rounds, "after" if found.after else "before" if found.picture else ""),
+            images=(Image(path=self.folders.resolve(found.picture)),) if found.picture else (),
             notes=found.notes,
         )
 
@@ -67,13 +69,13 @@ class Annotations:
         return key or str(value)
 
 
-def messages_of(rounds: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
-    """Questions and answers as messages, the picture's mark before the first question."""
+def messages_of(rounds: Sequence[tuple[str, str]], mark: str = "before") -> tuple[Message, ...]:
+    """Questions and answers as messages, the picture's mark "before" or "after" the first question, or nowhere ("")."""
     messages = []
     for number, (question, answer) in enumerate(rounds):
-        mark = "" if number else f"{IMAGE_MARK}\n"
-        messages.append(Message(role="user", text=(mark + question).rstrip("\n") if mark else question))
-        messages.append(Message(role="assistant", text=answer))
+        parts = {"before": [IMAGE_MARK, question], "after": [question, IMAGE_MARK]}.get(mark, [question])
+        text = question if number else "\n".join(part for part in parts if part)
+        messages += [Message(role="user", text=text), Message(role="assistant", text=answer)]
     return tuple(messages)
 
 
