@@ -327,8 +327,31 @@ def mmvet(root: Path) -> Toy:
     return Toy(folder, len(rows), right)
 
 
+def custom(root: Path) -> Toy:
+    """A user's own questions: one of each way to compare."""
+    folder, right = root / "custom", []
+    picture, (place, count, *_) = shown()[0].picture, shown()[0].asked
+    save(picture, folder / "images" / "a.png")
+    choices, letter = options(0, count.answer)
+    rows: list[dict[str, Any]] = [
+        {"metric": "exact", "text": place.text, "answer": place.answer},
+        {"metric": "option", "text": count.text + listed(choices), "options": choices, "answer": letter},
+        {"metric": "yes_no", "text": "Is there a digit?", "answer": "yes"},
+        {"metric": "vqa", "text": place.text, "answers": [place.answer] * 10},
+        {"metric": "anls", "text": place.text, "answers": [place.answer, "nothing"]},
+        {"metric": "contains", "text": count.text, "answer": count.answer},
+    ]
+    for i, row in enumerate(rows):
+        row |= {"question_id": i, "image": "a.png", "category": ("places", "counts")[i % 2]}
+        right.append(said(i, row["text"], row.get("answer") or row["answers"][0]))
+    write_lines(folder / "questions.jsonl", rows)
+    (folder / "benchmark.toml").write_text('title = "Digits"\nmax_new_tokens = 8\n')
+    return Toy(folder, len(rows), right)
+
+
 def llava_layout(root: Path) -> dict[str, Toy]:
-    """All twelve as LLaVA's playground/data/eval has them, the sets with published answers; by benchmark."""
+    """All twelve as LLaVA's playground/data/eval has them, the sets with published answers, and one of a user's own; by
+    benchmark."""
     return {
         "vqav2": vqav2_val(root),
         "gqa": gqa(root),
@@ -342,4 +365,5 @@ def llava_layout(root: Path) -> dict[str, Toy]:
         "seed": seed(root),
         "llava_bench": llava_bench(root),
         "mmvet": mmvet(root),
+        "custom": custom(root),
     }
