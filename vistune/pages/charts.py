@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,17 @@ _SIDE = 1000.0  # of the drawing, which is stretched to its place
 _LOGARITHMIC = 30.0  # times the median: from such a highest value on the chart opens with a logarithmic axis
 
 
-@dataclass(frozen=True)
+Values = Sequence[float] | np.ndarray
+"""Numbers; None and nan are gaps."""
+
+
+@dataclass(frozen=True, eq=False)
 class Line:
     """One line: y [n] over x [n], ascending. With `smooth` it is drawn faint, and its running mean strongly over it."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Values
+    y: Values
     colour: int = 0
     smooth: bool = False
     dots: bool = False
@@ -160,7 +165,7 @@ def thin(y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
         return np.arange(len(y))
     kept = {0, len(y) - 1}
     edges = np.linspace(0, len(y), buckets + 1).astype(int)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges.tolist()):
         good = np.isfinite(part := y[start:stop])
         if good.any():
             kept |= {
@@ -175,15 +180,16 @@ def thin(y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
 def linear(low: float, high: float, most: int = 5, *, tight: bool = False) -> Axis:
     """At most about `most` steps of 1, 2, 2.5 or 5 times a power of ten; `tight` ends where the values end."""
     if high <= low:
-        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+        low, high = (low * 0.5, low * 1.5) if low > 0 else (low * 1.5, low * 0.5) if low < 0 else (0.0, 1.0)
     step = _step((high - low) / most)
     first, last = (math.ceil, math.floor) if tight else (math.floor, math.ceil)
-    ticks = np.arange(first(low / step - 1e-9), last(high / step + 1e-9) + 1) * step
+    slack = -1e-9 if tight else 1e-9  # a value on a tick stays there
+    ticks = np.arange(first(low / step + slack), last(high / step - slack) + 1) * step
     if tight:
         ticks = ticks[ticks == ticks.round()] if high - low >= 2 else ticks
     else:
         low, high = min(low, float(ticks[0])), max(high, float(ticks[-1]))
-    return Axis(low, high, [(round(100 * (float(at) - low) / (high - low), 3), short(float(at))) for at in ticks])
+    return Axis(low, high, [(round(100 * (float(at) - low) / (high - low), 3), short(float(at), high)) for at in ticks])
 
 
 def _step(least: float) -> float:
@@ -204,8 +210,8 @@ def logarithmic(low: float, high: float) -> Axis:
     return Axis(low, high, [(round(100 * place, 3), short(at)) for place, at in placed], log=True)
 
 
-def _array(values: Sequence[float]) -> np.ndarray:
-    return np.asarray([np.nan if value is None else value for value in values], np.float64)
+def _array(values: Values) -> np.ndarray:
+    return np.asarray(values, np.float64)
 
 
 def _points(line: Line) -> _Points:

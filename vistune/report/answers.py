@@ -31,7 +31,7 @@ class Asked:
 
     @property
     def shown(self) -> list[tuple[int, str, bool | None]]:
-        """The first and the last ones, latest first; an answer that did not change is said once, with its first step."""
+        """The first and the last ones, latest first; an answer that did not change is said once, when it came."""
         changed = [one for i, one in enumerate(self.said) if i == 0 or one[1:] != self.said[i - 1][1:]]
         return (changed[:1] + changed[max(1, len(changed) - _SAID + 1) :])[::-1]
 
@@ -41,9 +41,9 @@ def asked(run: Run) -> list[Asked]:
     known: dict[tuple[str, str, str], Asked] = {}
     for row in run.evaluations:
         for one in row.get("samples") or []:
-            texts = {name: str(one.get(name) or "") for name in ("benchmark", "question", "truth", "image")}
-            key = (texts["benchmark"], str(one.get("question_id")), texts["question"])
-            found = known.setdefault(key, Asked(id=key[1], **texts))
+            name, question, truth, image = (str(one.get(k) or "") for k in ("benchmark", "question", "truth", "image"))
+            key = (name, str(one.get("question_id")), question)
+            found = known.setdefault(key, Asked(name, key[1], question, truth, image))
             found.said.append((int(row["step"]), str(one.get("answer") or ""), one.get("correct")))
     kept = [one for name in dict.fromkeys(key[0] for key in known) for one in _of(name, known)[:MOST]]
     for one in kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def scores(run: Run) -> list[Chart]:
     groups = [group for group in (percent, small, *rest) if group]
     made: list[Chart | None] = []
     if len(sources := _sources(run)) > 1:
-        lines = [_evaluated(run, lambda row, s=s: row.get("held_out", {}).get(s), s, i) for i, s in enumerate(sources)]
+        lines = [_evaluated(run, _held_out_of(s), s, i) for i, s in enumerate(sources)]
         made.append(chart("Held-out loss by source", lines, log=True))
     for group in groups:
         lines = [_evaluated(run, _headline(name), name, i) for i, name in enumerate(group)]
@@ -107,8 +107,8 @@ def _lines(curve: Curve, runs: Sequence[Run]) -> list[Line]:
     return [
         Line(
             name if alone else run.name,
-            run.at.tolist(),
-            (factor * run.series(*keys)).tolist(),
+            run.at,
+            factor * run.series(*keys),
             colour=number if alone else i,
             smooth=curve.smooth,
             dashes=0 if alone else i // COLOURS,
@@ -122,15 +122,17 @@ def _first(curve: Curve) -> Curve:
     return Curve(curve.title, f"{curve.unit} ({curve.of[0][0]})" if len(curve.of) > 1 else curve.unit, curve.of[:1])
 
 
-def _rates(run: Run, colour: int | None = None) -> Iterable[Line]:
-    """One a part; of several runs, in the run's colour with dashes for its parts."""
-    keys = list(dict.fromkeys(key for row in run.rows[:1] + run.rows[-1:] for key in row.get("lr", {})))
-    for i, key in enumerate(keys):
-        name = key if colour is None else f"{run.name}: {key}" if len(keys) > 1 else run.name
-        values = run.series("lr", key).tolist()
-        yield Line(
-            name, run.at.tolist(), values, i if colour is None else colour, dashes=0 if colour is None else i % 3
-        )
+def _rates(run: Run, colour: int | None = None) -> Iterator[Line]:
+    """One a rate, named by the parts that have it; of several runs, in the run's colour with dashes for its rates."""
+    keys = dict.fromkeys(key for row in run.rows[:1] + run.rows[-1:] for key in row.get("lr", {}))
+    alike: dict[bytes, list[str]] = {}
+    for key in keys:
+        alike.setdefault(run.series("lr", key).tobytes(), []).append(key)
+    for i, parts in enumerate(alike.values()):
+        values, name = run.series("lr", parts[0]), ", ".join(parts)
+        if colour is not None:
+            name = f"{run.name}: {name}" if len(alike) > 1 else run.name
+        yield Line(name, run.at, values, i if colour is None else colour, dashes=0 if colour is None else i % 3)
 
 
 def _clip(run: Run) -> list[tuple[float, str]]:
@@ -146,6 +148,10 @@ def _held_out(run: Run, colour: int, name: str) -> list[Line]:
 def _evaluated(run: Run, value: Callable[[dict[str, Any]], Any], name: str, colour: int) -> Line:
     points = [(row["step"], found) for row in run.evaluations if isinstance(found := value(row), int | float)]
     return Line(name, [at for at, _ in points], [y for _, y in points], colour, dots=True, dashes=colour // COLOURS)
+
+
+def _held_out_of(source: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda row: (row.get("held_out") or {}).get(source)
 
 
 def _headline(name: str) -> Callable[[dict[str, Any]], Any]:

@@ -89,9 +89,9 @@ def remarks(run: Run, mixture: Mixture | None) -> list[str]:
     """What was odd, one sentence each."""
     made, last = [], run.rows[-1] if run.rows else {}
     if bad := last.get("nonfinite"):
-        made.append(f"{count(bad)} steps had a loss or a gradient that is not finite and were skipped (red marks).")
+        made.append(f"Steps skipped because loss or gradient was not finite: {count(bad)} (red marks).")
     if run.torn:
-        made.append(f"{count(run.torn)} lines of its files are cut short, as a kill leaves them; they are left out.")
+        made.append(f"Lines of its files that are cut short, as a kill leaves them, and left out: {count(run.torn)}.")
     if not run.recipe:
         made.append("recipe.toml is missing or cannot be read.")
     if not run.rows:

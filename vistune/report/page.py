@@ -31,11 +31,9 @@ def write(runs: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
     mixtures = [mixture.read(run) for run in opened]
     found = [figures.of(run, mixed) for run, mixed in zip(opened, mixtures, strict=True)]
     place = Path(out) if out else opened[0].folder / "report.html"
-    if len(opened) == 1:
-        values = _alone(opened[0], mixtures[0], found[0])
-    else:
-        values = _together(opened, mixtures, found)
-    pages.write(place, PAGES / ("report.html" if len(opened) == 1 else "compare.html"), **values)
+    alone = len(opened) == 1
+    values = _alone(opened[0], mixtures[0], found[0]) if alone else _together(opened, mixtures, found)
+    pages.write(place, PAGES / ("report.html" if alone else "compare.html"), **values)
     console.say(f"page: {place}")
     return {"page": str(place), "runs": found}
 
@@ -108,7 +106,7 @@ def _evaluations(run: Run) -> dict[str, Any]:
 def _histograms(mixed: Mixture) -> list[dict[str, Any]]:
     made = []
     if any(mixed.lengths):
-        most, last = max(mixed.lengths), len(mixed.lengths)
+        most = max(mixed.lengths)
         bars = [
             {
                 "height": round(100 * n / most, 2),
@@ -118,10 +116,9 @@ def _histograms(mixed: Mixture) -> list[dict[str, Any]]:
         ]
         axis = charts.linear(0, mixed.edges[-1], 6, tight=True)
         made.append({"title": "Length", "unit": "tokens of a sample", "bars": bars, "ticks": axis.ticks})
-        assert last == len(bars)
     if mixed.pictures:
         most, top = max(mixed.pictures.values()), max(mixed.pictures)
-        numbers = range(top + 1)
+        numbers = range(max(top, 5) + 1)
         bars = [
             {
                 "height": round(100 * mixed.pictures.get(i, 0) / most, 2),
@@ -129,7 +126,7 @@ def _histograms(mixed: Mixture) -> list[dict[str, Any]]:
             }
             for i in numbers
         ]
-        ticks = [(round(100 * (i + 0.5) / (top + 1), 2), f"{i}{'+' if i == 9 else ''}") for i in numbers]
+        ticks = [(round(100 * (i + 0.5) / len(numbers), 2), f"{i}{'+' if i == 9 else ''}") for i in numbers]
         made.append({"title": "Pictures", "unit": "of a sample", "bars": bars, "ticks": ticks})
     return made
 

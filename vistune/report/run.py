@@ -48,7 +48,8 @@ class Run:
     checkpoints: list[Checkpoint]
     alive: bool
     torn: int = 0
-    name: str = field(default="")
+    name: str = ""
+    _series: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -81,7 +82,9 @@ class Run:
 
     def series(self, *keys: str) -> np.ndarray:
         """float64 [rows]: one number of every row, `keys` one within the other; nan where it has none."""
-        return np.array([_number(row, keys) for row in self.rows], np.float64)
+        if keys not in self._series:
+            self._series[keys] = _numbers(self.rows, keys)
+        return self._series[keys]
 
 
 def open_run(folder: Path) -> Run:
@@ -133,11 +136,14 @@ def _last_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [known[step] for step in sorted(known)]
 
 
-def _number(row: dict[str, Any], keys: Sequence[str]) -> float:
-    value: Any = row
+def _numbers(rows: list[dict[str, Any]], keys: Sequence[str]) -> np.ndarray:
+    found: list[Any] = rows
     for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+        found = [one.get(key) if isinstance(one, dict) else None for one in found]
+    try:
+        return np.array(found, np.float64)  # None becomes nan
+    except (TypeError, ValueError):  # something else than a number in some row
+        return np.array([one if isinstance(one, int | float) else np.nan for one in found], np.float64)
 
 
 def _no_run(folder: Path) -> str:
