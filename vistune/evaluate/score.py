@@ -87,7 +87,10 @@ def as_dict(benchmark: Benchmark, result: Result, written: Sequence[Path] = ()) 
 
 def show(found: dict[str, Any]) -> None:
     """The result as people read it: what is no score of the benchmark is not called one."""
-    console.table(_title(found), ("score", "value"), [(name, _figure(v)) for name, v in found["scores"].items()])
+    if found["scores"]:
+        console.table(_title(found), ("score", "value"), [(name, _figure(v)) for name, v in found["scores"].items()])
+    else:
+        console.say(_title(found))
     for title, rows in found["tables"].items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
         console.table(title, columns, [[_figure(row.get(key, "")) for key in columns] for row in rows])
