@@ -200,9 +200,10 @@ class _Reader:
 
 def _pictures(row: dict[str, Any], where: str) -> list[str]:
     given = row.get("images") or row.get("image") or []
-    if not all(isinstance(name, str) and name for name in ([given] if isinstance(given, str) else given)):
+    names = given if isinstance(given, list) else [given]
+    if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{where}: image {given!r}: names of pictures are wanted")
-    return [given] if isinstance(given, str) else list(given)
+    return names
 
 
 def _truths(row: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -235,7 +236,7 @@ def _truths_beside(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _metric(name: Any, where: str) -> str:
-    if name not in METRICS:
+    if str(name) not in METRICS:
         raise ValueError(f"{where}: metric {name!r} is unknown; choose {', '.join(METRICS)}")
     return str(name)
 

@@ -206,7 +206,7 @@ def _listed(place: Place, path: Path) -> list[Question]:
     """The rows of LLaVA's question file."""
     found, folder = [], str(_find_release(place) or RELEASE)
     for number, row in enumerate(official.json_lines(path), 1):
-        id, text, picture = (official.field(row, key, path, number) for key in ("question_id", "text", "image"))
+        id, text, picture = (str(official.field(row, key, path, number)) for key in ("question_id", "text", "image"))
         category = _topic(id)[0]
         if category not in CATEGORIES:
             raise ValueError(f"{path}:{number}: {id}: {category!r} is no category of MME; {', '.join(CATEGORIES)}")
