@@ -136,16 +136,26 @@ def _key(id: Id, text: str, by_text: bool) -> Key:
     return str(id), text if by_text else ""
 
 
-def accuracies(column: str, pairs: Iterable[tuple[Any, bool]]) -> list[dict[str, Any]]:
+def accuracies(column: str, pairs: Iterable[tuple[Any, float]]) -> list[dict[str, Any]]:
     """Rows of a table, one for each group in the order of their appearance: the percentage of its questions that are
-    right. `pairs`: the group of a question, and whether it is."""
-    groups: dict[Any, list[bool]] = {}
-    for group, correct in pairs:
-        groups.setdefault(group, []).append(correct)
+    right. `pairs`: the group of a question, and whether it is, or how much of it (0..1)."""
+    groups: dict[Any, list[float]] = {}
+    for group, score in pairs:
+        groups.setdefault(group, []).append(score)
     return [
-        {column: group, "accuracy": percent(sum(rights), len(rights)), "questions": len(rights)}
-        for group, rights in groups.items()
+        {column: group, "accuracy": percent(sum(scores), len(scores)), "questions": len(scores)}
+        for group, scores in groups.items()
     ]
+
+
+def of_answered(items: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """`accuracy_of_answered`, where some items have no answer and some have one: what a score in which a missing answer
+    is a wrong one does not tell."""
+    rights = [(one["answer"] is not None, bool(one["correct"])) for one in items]
+    answered = [right for given, right in rights if given]
+    if not answered or len(answered) == len(rights):
+        return {}
+    return {"accuracy_of_answered": percent(sum(answered), len(answered))}
 
 
 def percent(part: float, whole: float) -> float:

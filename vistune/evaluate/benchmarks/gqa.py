@@ -11,7 +11,7 @@ from typing import Any
 
 from vistune.evaluate import official
 from vistune.evaluate.benchmarks import SHORT, Benchmark
-from vistune.evaluate.items import Answer, Matched, Question, Result, accuracies, item, match, percent
+from vistune.evaluate.items import Answer, Matched, Question, Result, accuracies, item, match, of_answered, percent
 from vistune.evaluate.official import Place, field
 
 OFFICIAL = "testdev_balanced_questions.json"
@@ -75,7 +75,7 @@ class Gqa(Benchmark):
         ]
         counted = [(one, predicted) for one, predicted in zip(asked, predictions, strict=True) if one.balanced]
         return Result(
-            scores=_scores(counted),
+            scores=_scores(counted) | of_answered(one for one in items if one["balanced"]),
             headline="accuracy",
             questions=len(counted),
             answered=sum(predicted is not None for _, predicted in counted),

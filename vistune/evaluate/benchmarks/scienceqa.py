@@ -11,7 +11,7 @@ from typing import Any
 
 from vistune.evaluate import official
 from vistune.evaluate.benchmarks import LETTER, Benchmark
-from vistune.evaluate.items import Answer, Question, Result, accuracies, item, match, percent
+from vistune.evaluate.items import Answer, Question, Result, accuracies, item, match, of_answered, percent
 from vistune.evaluate.official import Place, field
 from vistune.samples import IMAGE_MARK, Image
 
@@ -69,6 +69,7 @@ class ScienceQA(Benchmark):
         scores = {"accuracy": percent(sum(one["correct"] for one in items), len(items))}
         if shown:
             scores["img_accuracy"] = percent(sum(one["correct"] for one in shown), len(shown))
+        scores |= of_answered(items)
         return Result(
             scores=scores,
             headline="img_accuracy",
