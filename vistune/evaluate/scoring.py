@@ -96,8 +96,11 @@ def vqav2(answer: str, people: Sequence[str]) -> float:
 
 
 def vizwiz(answer: str, people: Sequence[str]) -> float:
-    """VQA accuracy, 0..1, as VizWiz's own evaluation has it: the answer in basic form, people's answers as written."""
-    return agreement(people).get(basic(answer), 0.0)
+    """VQA accuracy, 0..1, as VizWiz has it: all in basic form.
+
+    VizWiz's own evaluation leaves people's answers as they are, since its files hold them in basic form already.
+    """
+    return agreement([basic(one) for one in people]).get(basic(answer), 0.0)
 
 
 def vqa(answer: str, truths: Sequence[str]) -> float:
