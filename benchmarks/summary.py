@@ -35,8 +35,9 @@ def steps_that_count(run: Run, dropped: int) -> tuple[list[dict[str, Any]], bool
     return (clean, False) if len(clean) >= min(3, len(steps)) else (steps, True)
 
 
-def figures(run: Run, peak: float, dropped: int) -> dict[str, Any]:
-    """Medians over the steps of one run. `peak` is the machine's FLOP/s in the run's precision."""
+def figures(run: Run, dropped: int) -> dict[str, Any]:
+    """Medians over the steps of one run; MFU of the matrix peak that was measured just before it."""
+    peak = run["matmul_peak"][computed(run)]
     steps, contended = steps_that_count(run, dropped)
     return {
         "tokens_per_cpu_s": median(s["tokens"] / s["cpu_s"] for s in steps),
@@ -58,11 +59,9 @@ def computed(run: Run) -> str:
     return run.get("computed") or run["cell"][2]
 
 
-def summarise(runs: list[Run], peaks: dict[str, float], dropped: int) -> list[dict[str, Any]]:
+def summarise(runs: list[Run], dropped: int) -> list[dict[str, Any]]:
     """One row per (stage, vocabulary, precision, contender): medians over rounds, vistune's ratios to each peer."""
-    done = [
-        {**{k: run[k] for k in ("cell", "round", "who")}, **figures(run, peaks[computed(run)], dropped)} for run in runs
-    ]
+    done = [{**{k: run[k] for k in ("cell", "round", "who")}, **figures(run, dropped)} for run in runs]
     rows = []
     for cell in dict.fromkeys(tuple(one["cell"]) for one in done):
         here = [one for one in done if tuple(one["cell"]) == cell]
@@ -135,7 +134,9 @@ def mfu(row: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any], who: dict[str, str]) -> str:
     """The whole result as a page."""
     machine, rows = result["machine"], result["summary"]
-    peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in result["matmul_peak"].items())
+    measured = [result["matmul_peak"], *(run["matmul_peak"] for run in result["runs"])]
+    best = {name: max(one[name] for one in measured) for name in result["matmul_peak"]}
+    peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in best.items())
     lines = [
         "# One training step, side by side",
         "",

@@ -117,10 +117,18 @@ class Bench:
         facts = {
             key: getattr(asked, key) for key in ("rounds", "steps", "dropped", "batch", "lr", "threads", "micro_batch")
         }
-        seconds = 0.1 if asked.quick else 2.0
-        peaks = {name: matmul_peak(kind, asked.threads, seconds=seconds) for name, kind in TYPES.items()}
-        self.result: dict[str, Any] = {**facts, "machine": machine(), "matmul_peak": peaks, "memory": Memory().how}
+        self.result: dict[str, Any] = {
+            **facts,
+            "machine": machine(),
+            "matmul_peak": self.peaks(),
+            "memory": Memory().how,
+        }
         self.result |= {"summary": [], "parity": {}, "runs": []}
+
+    def peaks(self) -> dict[str, float]:
+        """FLOP/s of matrix products here and now: what a shared machine gives changes from minute to minute."""
+        seconds = 0.1 if self.asked.quick else 1.0
+        return {name: matmul_peak(kind, self.asked.threads, seconds=seconds) for name, kind in TYPES.items()}
 
     def job(self, stage: Stage, vocab: str, precision: str, steps: int, **more: Any) -> dict[str, Any]:
         """What one contender is told."""
@@ -164,7 +172,8 @@ class Bench:
             for stage, vocab, precision in cells:
                 job = self.job(stage, vocab, precision, self.asked.steps, order=self.order(stage))
                 for who in self.asked.who:
-                    self.keep(who, turn, (stage, vocab, precision), self.run(who, job))
+                    beside = self.peaks()
+                    self.keep(who, turn, (stage, vocab, precision), self.run(who, job) | {"matmul_peak": beside})
 
     def keep(self, who: str, turn: int, cell: summary.Cell, run: dict[str, Any]) -> None:
         """Add the useful FLOPs to each step, check that everybody saw the same samples, write."""
@@ -181,10 +190,7 @@ class Bench:
         run |= {"who": who, "round": turn, "cell": cell}
         self.result["runs"].append(run)
         self.write()
-        print(
-            f"round {turn + 1}  {_told(run, self.result['matmul_peak'][summary.computed(run)], self.asked.dropped)}",
-            flush=True,
-        )
+        print(f"round {turn + 1}  {_told(run, self.asked.dropped)}", flush=True)
 
     def parity(self) -> None:
         """The losses of vistune and of each peer asked for, fp32, unpacked, on the same ids."""
@@ -202,7 +208,7 @@ class Bench:
 
     def write(self) -> None:
         """JSON and the table, beside and then renamed."""
-        self.result["summary"] = summary.summarise(self.result["runs"], self.result["matmul_peak"], self.asked.dropped)
+        self.result["summary"] = summary.summarise(self.result["runs"], self.asked.dropped)
         out: Path = self.asked.out
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in (
@@ -214,8 +220,8 @@ class Bench:
             beside.replace(path)
 
 
-def _told(run: dict[str, Any], peak: float, dropped: int) -> str:
-    found, (stage, vocab, precision) = summary.figures(run, peak, dropped), run["cell"]
+def _told(run: dict[str, Any], dropped: int) -> str:
+    found, (stage, vocab, precision) = summary.figures(run, dropped), run["cell"]
     return (
         f"stage {stage} {vocab:3} {precision} {run['who']:10}  {found['tokens_per_cpu_s']:7,.0f} tok/CPU-s  "
         f"{found['tokens_per_s']:7,.0f} tok/s  peak {found['peak_bytes'] / 1e6:6,.0f} MB  "

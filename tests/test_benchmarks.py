@@ -139,7 +139,7 @@ def test_a_run_is_measured_against_the_peak_of_what_it_computed_in():
     from summary import summarise
 
     mine = run_of("vistune", 0, [1.0] * 3, 1) | {"computed": "fp32"}
-    rows = {row["who"]: row for row in summarise([mine, run_of("trl", 0, [1.0] * 3, 1)], PEAKS, dropped=0)}
+    rows = {row["who"]: row for row in summarise([mine, run_of("trl", 0, [1.0] * 3, 1)], dropped=0)}
     assert rows["vistune"]["mfu"] == pytest.approx(0.5) and rows["trl"]["mfu"] == pytest.approx(5.0)
 
 
@@ -149,7 +149,14 @@ PEAKS = {"fp32": 1e10, "bf16": 1e9}
 def run_of(who: str, turn: int, cpu: list[float], peak: int, foreign: float = 0.0) -> dict:
     step = {"tokens": 100, "positions": 125, "supervised": 20, "wall_s": 1.0, "flops": 5e9, "loss": 2.0}
     steps = [{**step, "cpu_s": seconds, "foreign_cores": foreign} for seconds in cpu]
-    return {"who": who, "round": turn, "cell": [2, "8k", "bf16"], "steps": steps, "peak_bytes": peak}
+    return {
+        "who": who,
+        "round": turn,
+        "cell": [2, "8k", "bf16"],
+        "steps": steps,
+        "peak_bytes": peak,
+        "matmul_peak": PEAKS,
+    }
 
 
 def test_ratios_are_taken_round_by_round_and_the_first_steps_do_not_count():
@@ -161,11 +168,11 @@ def test_ratios_are_taken_round_by_round_and_the_first_steps_do_not_count():
         run_of("trl", 1, [99.0, 8.0, 8.0, 8.0], 1000),  # a slower round, for both
         run_of("vistune", 1, [50.0, 4.0, 4.0, 4.0], 900),
     ]
-    rows = {row["who"]: row for row in summarise(runs, {"bf16": 1e10}, dropped=1)}
+    rows = {row["who"]: row for row in summarise(runs, dropped=1)}
     assert rows["trl"]["speed"] == pytest.approx((4.0 + 2.0) / 2)
     assert rows["trl"]["memory"] == pytest.approx(0.8)
     assert rows["vistune"]["tokens_per_cpu_s"] == pytest.approx((100 + 25) / 2)
-    assert rows["vistune"]["mfu"] == pytest.approx(0.5) and rows["trl"]["padding"] == pytest.approx(0.2)
+    assert rows["vistune"]["mfu"] == pytest.approx(5.0) and rows["trl"]["padding"] == pytest.approx(0.2)
     assert "(>= 3: yes" in goal(rows["trl"], "speed") and "<= 0.75: NO" in goal(rows["trl"], "memory")
 
 
