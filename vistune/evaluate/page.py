@@ -26,7 +26,8 @@ _LONG = 90  # characters from which a detail gets a line of its own
 _KNOWN = ("question_id", "category", "question", "answer", "truth", "correct", "score")
 _WORDS = {"content": "judge", "normalised_pred": "normalised", "tuple": "judge's scores"}
 _SCALES = (1.0, 100.0, 200.0)
-"""What figures of a table are out of: the smallest of these that holds them all, else the largest of them."""
+"""What the figures of a column are out of: the smallest of these that holds most of them, and else their largest. What
+is above it (a sum of the others) has no bar."""
 
 
 @dataclass(frozen=True)
@@ -152,24 +153,24 @@ def _points(value: float) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
-    """Columns and cells; a column with figures in it has bars."""
+    """Columns and cells; the first column of figures has bars."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    scales = {column: _scale([row.get(column) for row in rows]) for column in columns}
-    return columns, [[_cell(row.get(column), scales[column]) for column in columns] for row in rows]
+    values = {column: [row.get(column) for row in rows] for column in columns}
+    first = next((column for column in columns if any(isinstance(one, float) for one in values[column])), None)
+    scale = _scale([one for one in values.get(first or "", []) if isinstance(one, float)])
+    return columns, [[_cell(row.get(column), scale if column == first else None) for column in columns] for row in rows]
 
 
-def _scale(values: Sequence[Any]) -> float | None:
-    """What a column is out of; None for one that holds counts and words."""
-    figures = [abs(value) for value in values if isinstance(value, float)]
-    if not figures:
-        return None
-    return next((scale for scale in _SCALES if max(figures) <= scale), max(figures))
+def _scale(values: Sequence[float]) -> float:
+    holds = [scale for scale in _SCALES if sum(abs(one) <= scale for one in values) > 0.7 * len(values)]
+    return holds[0] if holds else max(map(abs, values), default=1.0)
 
 
 def _cell(value: Any, scale: float | None) -> Cell:
-    if isinstance(value, float) and scale:
-        return Cell(f"{value:,.2f}" if scale > 1 else f"{value:.4f}", round(100 * abs(value) / scale, 2))
-    return Cell(figure(value))
+    if not isinstance(value, float):
+        return Cell(figure(value))
+    text = f"{value:,.2f}" if abs(value) >= 1 or not value else f"{value:.4f}"
+    return Cell(text, round(100 * abs(value) / scale, 2) if scale and abs(value) <= scale else None)
 
 
 def _card(item: Mapping[str, Any], images: Sequence[Image]) -> Card:
