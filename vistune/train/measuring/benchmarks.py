@@ -59,7 +59,9 @@ def read(settings: Evaluate) -> list[Chosen]:
 
 def _chosen(benchmark: Benchmark, data: Path, limit: int) -> Chosen:
     if not data.is_dir():
-        raise ValueError(f'evaluate.data = "{data}": no such folder; it holds the folders of {benchmark.name} and others')
+        raise ValueError(
+            f'evaluate.data = "{data}": no such folder; it holds the folders of {benchmark.name} and others'
+        )
     place = official.place(data, benchmark.folders)
     questions = benchmark.questions(place)
     if not questions:
