@@ -42,7 +42,9 @@ What does the sign say? | closed on Mondays | It says "closed". | 0.4
 Why do the people laugh at this drawing? | The dog walks the man on a leash, roles are swapped | A man and a dog \
 take a walk together. | 0.2"""
 OWN = f"{PROTOCOL}, prompt: vistune"
-LABEL = re.compile(r"\A\W*(?:correctness|grade|score)(?:\s+score)?[\s:=|*]+", re.IGNORECASE)
+LABEL = re.compile(r"\A\W*(?:correctness|grade|score)(?:\s+score)?[\s:=*]+", re.IGNORECASE)
+OF_ANOTHER_SCALE = (["/"], ["of"], ["out"], ["%"])
+"""What stands behind a number that is no grade from 0 to 1."""
 
 
 class MMVet(Judged):
@@ -168,9 +170,9 @@ class MMVet(Judged):
 
 def parse_grade(reply: str) -> float | None:
     """The number from 0 to 1 that a reply begins with, after a label of its own if it has one; None for anything
-    else: 8, 1/10 and a sentence are no grades."""
-    words = LABEL.sub("", reply.strip()).split()
-    word = words[0].strip("|*`\"',;").rstrip(".") if words else ""
+    else: 8, 1 / 10 and a sentence are no grades."""
+    words = LABEL.sub("", reply.replace("|", " ").strip()).split()
+    word = words[0].strip("*`\"',;").rstrip(".") if words and words[1:2] not in OF_ANOTHER_SCALE else ""
     try:
         grade = float(word)
     except ValueError:
