@@ -349,21 +349,20 @@ def custom(root: Path) -> Toy:
     return Toy(folder, len(rows), right)
 
 
-def llava_layout(root: Path) -> dict[str, Toy]:
-    """All twelve as LLaVA's playground/data/eval has them, the sets with published answers, and one of a user's own; by
-    benchmark."""
-    return {
-        "vqav2": vqav2_val(root),
-        "gqa": gqa(root),
-        "vizwiz": vizwiz_val(root),
-        "scienceqa": scienceqa(root),
-        "textvqa": textvqa(root),
-        "pope": pope(root),
-        "mme": mme(root),
-        "mmbench": mmbench(root),
-        "mmbench_cn": mmbench_cn(root),
-        "seed": seed(root),
-        "llava_bench": llava_bench(root),
-        "mmvet": mmvet(root),
-        "custom": custom(root),
-    }
+LAYOUTS: dict[str, Callable[[Path], Toy]] = {
+    "vqav2": vqav2_val,
+    "gqa": gqa,
+    "vizwiz": vizwiz_val,
+    "scienceqa": scienceqa,
+    "textvqa": textvqa,
+    "pope": pope,
+    "mme": mme,
+    "mmbench": mmbench,
+    "mmbench_cn": mmbench_cn,
+    "seed": seed,
+    "llava_bench": llava_bench,
+    "mmvet": mmvet,
+    "custom": custom,
+}
+"""The twelve as LLaVA's playground/data/eval has them, of those with a hidden test set the one with answers, and one of
+a user's own; what writes each, by benchmark."""
