@@ -17,7 +17,7 @@ LABELS = "coco_pope_{}.json"
 PICTURES = ("val2014",)
 
 FIRST_IDS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
-"""The categories in the order of LLaVA's question file, and what it adds to the ids of their labels, which begin at 1."""
+"""Categories in the order of LLaVA's question file, and what it adds to the ids of their labels, which begin at 1."""
 
 
 class Pope(Benchmark):
