@@ -147,6 +147,7 @@ def _generate(
 ) -> Any:
     model: Any = loaded.model
     greedy = settings.temperature <= 0
+    ends = {"eos_token_id": None} if stop.endless else {}
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if not greedy:
         how = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -154,6 +155,7 @@ def _generate(
         return model.generate(
             **given,
             **how,
+            **ends,
             max_new_tokens=tokens,
             pad_token_id=_pad(loaded),
             streamer=streamer,
@@ -240,7 +242,8 @@ class _Stop(StoppingCriteria):
 
     def __init__(self, loaded: Loaded, start: int, rows: int, *, endless: bool, told: Event | None, shrinks: bool):
         self.start, self.rows, self.told, self.shrinks = start, rows, told, shrinks and rows > 1
-        self.tokenizer, self.stop = loaded.tokenizer, "" if endless else loaded.template.stop_string
+        self.endless, self.tokenizer = endless, loaded.tokenizer
+        self.stop = "" if endless else loaded.template.stop_string
         self.ends = set() if endless else stop_ids(loaded)
         self.ended: dict[int, int] = {}
         self.reach = 2 * len(self.stop.encode()) + 8  # tokens in which a stop string that just ended lies for certain

@@ -51,7 +51,7 @@ class Written:
                 f"{self.folder}: holds answers, and {ASKED} does not say whose; give another --out, or remove it"
             )
         else:
-            _replace(note, json.dumps(asked, indent=2) + "\n")
+            replace(note, json.dumps(asked, indent=2) + "\n")
         self.rows = self._read()
         self._gather(PART.format(rank=0))
 
@@ -99,7 +99,7 @@ class Written:
         rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows if row is not None]
         others = [path for path in self._parts() if path.name != name]
         if rows:
-            _replace(self.folder / name, "".join(rows))
+            replace(self.folder / name, "".join(rows))
         for path in others:
             path.unlink()
 
@@ -152,7 +152,7 @@ def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     )
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, encoding="utf-8", newline="\n")
     os.replace(beside, path)

@@ -1,0 +1,103 @@
+"""Many questions at once: every family answers in batches what it answers alone, and bad questions are named."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from tests.each_family import each_family, folders_in
+from vistune import asking, decoding
+from vistune.asking import answers
+from vistune.decoding import PATIENCE, Settings, decode, marked, prompt, stop_ids
+from vistune.evaluate.answering import NEAR, Local, Said, is_near_tie
+from vistune.evaluate.items import Question
+from vistune.generate import Chat
+from vistune.models.load import load
+from vistune.samples import Image, Message
+
+TOKENS = 24
+SIZES = [(70, 40), (56, 56), (30, 90), (200, 64)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures")
+    for i, size in enumerate(SIZES):
+        noise = np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(path / f"{i}.png")
+    return [Image(path=str(path / f"{i}.png")) for i in range(len(SIZES))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = folders_in(tmp_path_factory.mktemp("families"))
+    loaded = {}
+
+    def give(name):
+        if name not in loaded:
+            loaded[name] = load(folder(name))
+        return loaded[name]
+
+    return give
+
+
+def questions(pictures):
+    """Of unequal lengths and kinds: one picture, another, none; and two in the midst of the text."""
+    some = [
+        Question(id=0, text="How many?", images=(pictures[0],)),
+        Question(id=1, text="A much longer question about nothing at all, is it not so, my friend?"),
+        Question(id=2, text="Which is it, this one here or the other one there?", images=(pictures[1],)),
+        Question(id=3, text="Hello"),
+        Question(id=4, text="And this?", images=(pictures[2],)),
+        Question(id=5, text="What of this wide one?", images=(pictures[3],)),
+        Question(id=6, text="Is <image> like <image>?", images=(pictures[0], pictures[2])),
+        Question(id=7, text="How many are there in it?", images=(pictures[0],)),
+    ]
+    return some
+
+
+def told(loaded, asked, batch, tokens=TOKENS) -> list[Said]:
+    found = dict(Local(loaded, batch).answer(asked, tokens))
+    assert sorted(found) == list(range(len(asked)))
+    return [found[i] for i in range(len(asked))]
+
+
+@each_family
+def test_a_batch_says_what_each_question_alone_is_told(name, model, pictures):
+    loaded, asked = model(name), questions(pictures)
+    alone = told(loaded, asked, 1)
+    by_chat = "".join(Chat(loaded).ask(asked[0].text, asked[0].images, max_new_tokens=TOKENS))
+    assert alone[0].text == by_chat
+    assert len({one.text for one in alone}) > 4 and not any(one.error for one in alone)
+    certain = [i for i, one in enumerate(alone) if not is_near_tie(one.margin)]
+    assert len(certain) >= len(asked) - 2
+    for batch in (3, 8):
+        together = told(loaded, asked, batch)
+        for i in certain:
+            assert (together[i].text, together[i].tokens) == (alone[i].text, alone[i].tokens)
+            assert together[i].margin == pytest.approx(alone[i].margin, abs=2e-3)
+
+
+@each_family
+def test_rows_that_have_ended_leave_the_batch_and_the_others_do_not_notice(name, model, pictures, monkeypatch):
+    """One id in sixteen ends an answer here, so that answers are of 1 to 64 tokens."""
+    loaded, asked = model(name), questions(pictures)
+    ends = stop_ids(loaded) | set(range(3, loaded.model.lm_head.weight.shape[0], 16))
+    monkeypatch.setattr(decoding, "stop_ids", lambda loaded: ends)
+    rows = []
+    hook = loaded.model.lm_head.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    prompts = [prompt(loaded, [Message(role="user", text=marked(q.text, q.images))], q.images) for q in asked]
+    settings = Settings(max_new_tokens=4 * PATIENCE)
+    together = decode(loaded, prompts, settings)
+    hook.remove()
+    alone = [decode(loaded, [one], settings)[0] for one in prompts]
+    lengths = [len(one.ids) for one in alone]
+    assert min(lengths) <= PATIENCE < max(lengths), "this test needs rows of unequal length"
+    assert rows[0] == len(asked) and rows[-1] < len(asked), "no row left the batch"
+    for one, other in zip(together, alone, strict=True):
+        if not is_near_tie(other.margin):
+            assert one.ids == other.ids
