@@ -10,7 +10,7 @@ from tests.made import made_data
 
 
 def made_questions(folder: Path, rows: int = 8) -> Path:
-    """A folder with `custom/`: questions with a picture, every fourth without, some with two; what is right is "red"."""
+    """A folder with `custom/`: questions with one picture, with two or without; what is right is "red"."""
     custom = folder / "custom"
     made_data(custom, rows, seed=5)
     lines = []

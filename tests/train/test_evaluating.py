@@ -234,7 +234,7 @@ def test_a_broken_question_file_is_found_before_the_first_step(start, data, held
     with (questions / "custom" / "questions.jsonl").open("a") as file:
         file.write("{broken\n")
     recipe = made_recipe(start, data, tmp_path / "run", evaluate=evaluate_section(held, questions))
-    with pytest.raises(ValueError, match="questions.jsonl:9"):
+    with pytest.raises(ValueError, match=r"questions\.jsonl:9"):
         stage.run(recipe)
     assert not checkpoint.folders(Path(recipe.run))
 

@@ -42,7 +42,7 @@ class Asked:
 
 
 def read(recipe: Recipe, loaded: Loaded, folder: Path) -> Asked | None:
-    """Read what [evaluate] names, before a weight is; None when it names nothing. ValueError for what cannot be done."""
+    """Read what [evaluate] names, before any weight; None when it names nothing. ValueError for what cannot be done."""
     settings = recipe.evaluate
     if not (settings.held_out or settings.benchmarks):
         return None
@@ -222,5 +222,6 @@ def how_to_use(known: dict[str, Any]) -> str:
     """Where the best checkpoint is (`best.json`'s words), for a run whose last one is another."""
     return (
         f"best {known['by']}: {known['value']:.4g} at step {known['step']}, in {known['checkpoint']}; "
-        f"`vistune merge {known['checkpoint']} --out FOLDER` makes a model folder of it, `vistune chat` opens it as it is"
+        f"`vistune merge {known['checkpoint']} --out FOLDER` makes a model folder of it, "
+        "`vistune chat` and `vistune evaluate` open it as it is"
     )

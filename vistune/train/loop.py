@@ -119,7 +119,8 @@ class Loop:
     """All that a step needs. `flops` gives the floating point operations of one micro-batch, forward and backward.
 
     `beat` hears what this rank is about to do (data, forward, update, save) with which samples (source, row).
-    `asks` says after which steps `evaluate` is called, when what is due is saved. `ending` says that the run cannot go on: every rank then calls `save` after the same step, and it raises.
+    `asks` says after which steps `evaluate` is called, once what is due is saved.
+    `ending` says that the run cannot go on: every rank then calls `save` after the same step, and it raises.
     `run` sets `stopping`, whether this rank was asked to stop, and `note`, which puts words beside the bar.
     `late`: how many steps may be asked of the device before the row of the first of them is read.
     """

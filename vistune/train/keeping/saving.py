@@ -28,7 +28,7 @@ _SPARE = 0.9  # of the host's free memory that a copy may take
 
 
 class Saver:
-    """The checkpoints of one run, of which the newest `keep` stay, and the best. Made, used and left by all ranks alike.
+    """The checkpoints of one run, of which the newest `keep` and the best stay. Made, used, left by all ranks alike.
 
     With `background` the tensors are copied before `save` returns and written by a thread; without, or when the host
     has no memory for the copy, `save` returns when they are on disk. As a context it waits for the last one.

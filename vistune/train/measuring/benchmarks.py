@@ -38,7 +38,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a row of `evaluations.jsonl` says of one benchmark; `share` is of its questions, 1 when all were answered."""
+    """What a row of `evaluations.jsonl` says of one benchmark; `share` of its questions were answered."""
 
     scores: dict[str, float]
     headline: float | None
