@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 from conftest import make_language, turns
 
+from tests.parsed import Page
 from vistune.anyres import AnyresLayout, standard_pinpoints
 from vistune.data.checking.check import check
 from vistune.data.checking.page import show_page
@@ -19,42 +19,6 @@ from vistune.data.plan import Plan
 from vistune.data.tokenize import tokenize
 
 EVIL = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&amp;{{ 7 * 7 }}</style>"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of elements by tag or class."""
-
-    VOID = frozenset(("meta", "img", "br", "input"))
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[tuple[str, dict[str, str], str]] = []
-        self.open: list[tuple[str, dict[str, str], list[str]]] = []
-        self.feed(text)
-        assert not self.open, f"left open: {[tag for tag, *_ in self.open]}"
-
-    def handle_starttag(self, tag, attrs):
-        known = {key: value or "" for key, value in attrs}
-        self.tags.append((tag, known))
-        if tag not in self.VOID:
-            self.open.append((tag, known, []))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        opened, known, text = self.open.pop()
-        assert opened == tag, f"</{tag}> closes <{opened}>"
-        self.texts.append((tag, known, "".join(text)))
-
-    def handle_data(self, data):
-        for _, _, text in self.open:
-            text.append(data)
-
-    def of(self, name: str) -> list[str]:
-        """Texts of the elements with this tag or class."""
-        return [text for tag, known, text in self.texts if name in (tag, *known.get("class", "").split())]
 
 
 def judged(text: str) -> Page:

@@ -24,6 +24,8 @@ _TEMPLATE = Path(__file__).parent / "pages" / "evaluate.html"
 _SIDE = 208  # pixels of a picture
 _LONG = 90  # characters from which a detail gets a line of its own
 _KNOWN = ("question_id", "category", "question", "answer", "truth", "correct", "score")
+_QUIET = ("row", "index", "parsed_question", "ground_truth", "l2_category", "metric")
+"""What is said elsewhere on the card, or says nothing to people."""
 _WORDS = {"content": "judge", "normalised_pred": "normalised", "tuple": "judge's scores"}
 _SCALES = (1.0, 100.0, 200.0)
 """What the figures of a column are out of: the smallest of these that holds most of them, and else their largest. What
@@ -141,10 +143,10 @@ def _verdict(about: Mapping[str, Any]) -> tuple[str, str, str]:
     if value is None:
         return "elsewhere", f"scored by {about.get('scored_elsewhere') or 'a judge or the official scorer'}", "–"
     if about["partial"]:
-        return "partial", f"{figure(value)} over {share}: not the benchmark's score", "partial"
+        return "partial", f"{_points(value)} over {share}: not the benchmark's score", "partial"
     if about.get("subset"):
         whole = f"{count(about['questions'])} of the published {count(about['published_questions'])} questions"
-        return "subset", f"{figure(value)} over {whole}: not the benchmark's score", "subset"
+        return "subset", f"{_points(value)} over {whole}: not the benchmark's score", "subset"
     return "whole", f"{about['headline'].replace('_', ' ')}, {count(about['questions'])} questions", _points(value)
 
 
@@ -189,7 +191,7 @@ def _details(item: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     if isinstance(score := item.get("score"), int | float) and not isinstance(score, bool):
         yield "score", figure(score), False
     for key, value in item.items():
-        if key in _KNOWN or value is None or isinstance(value, bool | Mapping):
+        if key in _KNOWN + _QUIET or value is None or isinstance(value, bool | Mapping):
             continue
         texts = value if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else [value]
         for text in (", ".join(map(str, one)) if isinstance(one, list) else figure(one) for one in texts):

@@ -9,7 +9,7 @@ _SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """A number with so many significant digits and thousands apart; anything else as it is, nothing as a dash."""
+    """A number with so many significant digits (and a tenth) and thousands apart; nothing as a dash, else as it is."""
     if value is None or value == "":
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -19,7 +19,7 @@ def figure(value: Any, digits: int = 4) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
         return _exponent(f"{value:.{max(1, digits - 2)}e}")
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    text = f"{value:,.{max(0, digits - whole)}f}"
+    text = f"{value:,.{max(1 if abs(value) < 1e5 else 0, digits - whole)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
