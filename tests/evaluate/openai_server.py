@@ -38,6 +38,7 @@ class OpenAIServer:
     drops: int = 0  # so many of the next requests get no answer at all: the connection is closed
     delay: float = 0.0  # seconds before each answer
     finish: str = "stop"
+    raw: tuple[str, bytes] = ("", b"")  # a content type and a body that are sent instead of every reply
     error: dict[str, Any] = field(default_factory=dict)  # more of what the body of a failure says
     url: str = ""  # up to /v1
     asked: Counter[str] = field(default_factory=Counter)  # requests by path
@@ -113,9 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
-        written = json.dumps(answer).encode()
+        kind, written = self.told.raw if self.told.raw[0] else ("application/json", json.dumps(answer).encode())
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(written)))
         if status != 200:
             self.send_header("Retry-After-Ms", "5")  # the client's back-off is seconds otherwise

@@ -204,7 +204,7 @@ def test_a_refused_key_is_one_sentence(tmp_path, monkeypatch):
 
 def test_an_unknown_model_is_one_sentence(tmp_path):
     with serving() as server:
-        with pytest.raises(JudgeRefused, match="no model gpt there"):
+        with pytest.raises(JudgeRefused, match="no model gpt there, or the URL"):
             ask(judge(server.url, model="gpt"), [request(str(i)) for i in range(9)], tmp_path / "judged.jsonl")
         assert server.completions == 1
 
@@ -220,6 +220,24 @@ def test_a_used_up_quota_is_one_sentence(tmp_path):
     empty = {"code": "insufficient_quota"}
     with serving(reply=lambda messages: 429, error=empty) as server, pytest.raises(JudgeRefused, match="is used up"):
         ask(judge(server.url, tries=2), [request("0")], tmp_path / "judged.jsonl")
+
+
+def test_a_refusal_does_not_tell_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISTUNE_TEST_KEY", "sesame")
+    says = {"message": "wrong: sesame"}
+    with serving(reply=lambda messages: 403, error=says) as server, pytest.raises(JudgeRefused) as error:
+        ask(judge(server.url), [request("0")], tmp_path / "judged.jsonl")
+    assert "wrong: ***" in str(error.value) and "sesame" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_what_is_no_chat_completion_is_a_failure(tmp_path, kind):
+    with serving() as server:
+        cache = tmp_path / "judged.jsonl"
+        ask(judge(server.url), [request("0")], cache)
+        server.raw = (kind, b"<html>Welcome</html>")
+        replies = ask(judge(server.url, tries=1), [request("0"), request("1")], cache)
+    assert replies["0"].text and replies["1"].error.startswith("no chat completion")
 
 
 def test_not_one_reply_is_one_sentence(tmp_path):

@@ -90,7 +90,7 @@ def ask(judge: Judge, requests: Sequence[Request], cache: Path) -> dict[str, Rep
     replies = {id: found[key] for id, key in wanted.items()}
     if replies and all(reply.error for reply in replies.values()):
         first = next(iter(replies.values()))
-        raise JudgeRefused(f"judge {judge.model} at {judge.url}: not one reply; {first.error}")
+        raise JudgeRefused(f"judge {judge.model} at {_public(judge.url)}: not one reply; {first.error}")
     return replies
 
 
@@ -100,7 +100,7 @@ def told(judge: Judge, replies: Mapping[str, Reply]) -> dict[str, Any]:
     dates = sorted(reply.date for reply in good if reply.date)
     return {
         "model": judge.model,
-        "url": re.sub(r"//[^/@]*@", "//", judge.url),
+        "url": _public(judge.url),
         "answered_as": sorted({reply.model for reply in good if reply.model}),
         "first": dates[0] if dates else "",
         "last": dates[-1] if dates else "",
@@ -110,6 +110,11 @@ def told(judge: Judge, replies: Mapping[str, Reply]) -> dict[str, Any]:
         "prompt_tokens": sum(reply.usage.get("prompt_tokens", 0) for reply in good),
         "completion_tokens": sum(reply.usage.get("completion_tokens", 0) for reply in good),
     }
+
+
+def _public(url: str) -> str:
+    """An address without the name and word that may stand before its host."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def digest(judge: Judge, request: Request) -> str:
@@ -187,10 +192,10 @@ class _Asking:
         host = urlsplit(judge.url).hostname or ""
         if not os.environ.get(judge.key) and host not in LOOPBACK:
             raise JudgeRefused(
-                f"judge at {judge.url}: the environment variable {judge.key} is not set; put the key into it, or "
-                "any word if the server wants none, or name another variable with --judge-key"
+                f"judge at {_public(judge.url)}: the environment variable {judge.key} is not set; put the key into "
+                "it, or any word if the server wants none, or name another variable with --judge-key"
             )
-        self.judge = judge
+        self.judge, self.key = judge, os.environ.get(judge.key, "")
         self.client = open_client(judge.url, judge.key, timeout=judge.timeout, retries=max(0, judge.tries - 1))
         self.length = "max_tokens"  # what the endpoint calls the longest reply; newer ones have another word
         self.given_up = Event()
@@ -212,7 +217,7 @@ class _Asking:
         try:
             return self._row(client, request)
         except openai.APIConnectionError as error:
-            raise JudgeRefused(f"judge at {self.judge.url}: {_cause(error)}; is that its address?") from None
+            raise self._refused(f"{_cause(error)}; is that its address?") from None
 
     def _one(self, task: tuple[str, Request]) -> tuple[str, dict[str, Any]]:
         import openai
@@ -232,19 +237,24 @@ class _Asking:
         try:
             return _read(request, self._complete(client, request))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise JudgeRefused(
-                f"judge at {self.judge.url}: the key in {self.judge.key} is refused: {reason(error)}"
-            ) from None
+            raise self._refused(f"the key in {self.judge.key} is refused: {reason(error)}") from None
         except openai.NotFoundError as error:
-            raise JudgeRefused(
-                f"judge at {self.judge.url}: no model {self.judge.model} there: {reason(error)}"
+            raise self._refused(
+                f"no model {self.judge.model} there, or the URL does not end at /v1: {reason(error)}"
             ) from None
         except openai.APIStatusError as error:
             if error.code == "insufficient_quota":
-                raise JudgeRefused(f"judge at {self.judge.url}: its quota is used up: {reason(error)}") from None
-            return _failed(reason(error))
-        except openai.APIResponseValidationError as error:
-            return _failed(reason(error))
+                raise self._refused(f"its quota is used up: {reason(error)}") from None
+            return _failed(self._without_key(reason(error)))
+        except (openai.APIResponseValidationError, json.JSONDecodeError) as error:
+            return _failed(f"no chat completion: {reason(error)}")
+
+    def _refused(self, why: str) -> JudgeRefused:
+        return JudgeRefused(f"judge at {_public(self.judge.url)}: {self._without_key(why)}")
+
+    def _without_key(self, said: str) -> str:
+        """A server's refusal may repeat the key; what is printed and kept does not."""
+        return said.replace(self.key, "***") if self.key else said
 
     def _complete(self, client: Any, request: Request) -> Any:
         import openai
@@ -268,11 +278,11 @@ class _Asking:
 
 
 def _read(request: Request, found: Any) -> dict[str, Any]:
-    choices = getattr(found, "choices", None)
-    if not choices:
+    choices = getattr(found, "choices", None) or []
+    message = choices[0].message if choices else None
+    if message is None:
         return _failed(f"no chat completion: {str(found)[:100]!r}; does the URL end at /v1?")
-    message = choices[0].message
-    if not message.content:
+    if not isinstance(message.content, str) or not message.content:
         why = getattr(message, "refusal", None) or f"finish reason {choices[0].finish_reason}"
         return _failed(f"an empty reply ({why})")
     usage = found.usage.model_dump() if found.usage else {}
