@@ -53,7 +53,10 @@ def rows(path: Path, *needed: str) -> Iterator[dict[str, str]]:
 
 
 def typed(column: Sequence[str]) -> list[Cell]:
-    """A column as pandas reads it: `MISSING` is None; numbers or booleans only where all that is there are such."""
+    """A column as pandas reads it: `MISSING` is None; numbers or booleans only where all that is there are such.
+
+    Whole numbers beyond 64 bits are real ones; pandas has rules of its own for them.
+    """
     there = [cell for cell in column if cell not in MISSING]
     if there and all(_is_whole(cell) for cell in there):
         return [None if cell in MISSING else int(cell) for cell in column]
