@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from vistune.evaluate import official
+from vistune.evaluate.answering import Local
+from vistune.evaluate.benchmarks import named
+from vistune.evaluate.items import Answer
+from vistune.models.load import load
 from vistune.quickstart import run as quickstart
 from vistune.quickstart import scenes
 
@@ -44,12 +49,28 @@ def test_the_stock_classes_answer_as_we_do(runs):
     folder, summary = runs[0]
     first = json.loads((folder / "data" / "heldout_questions.json").read_text())[0]
     from vistune.generate import answer_batch
-    from vistune.models.load import load
     from vistune.samples import Image
 
     picture = Image(path=str(folder / "data" / "images" / first["image"]))
     ours = answer_batch(load(summary["model"]), [(first["conversations"][0]["value"], [picture])], max_new_tokens=16)
     assert summary["asked"]["answer"] == ours[0]
+
+
+def test_the_held_out_questions_are_a_benchmark(runs):
+    """Asked through it, the exported folder scores what the quickstart says, kind by kind."""
+    folder, summary = runs[0]
+    benchmark = named("custom")
+    place = official.place(folder / "data" / "heldout", benchmark.folders)
+    questions = benchmark.questions(place)
+    said = Local(load(summary["model"]), batch=5).answer(questions, benchmark.tokens(place))
+    answers = [Answer(id=questions[at].id, prompt=questions[at].text, text=one.text) for at, one in said]
+    result = benchmark.score(place, answers)
+    assert not result.partial and not result.remarks
+    assert result.scores["exact"] == pytest.approx(100 * summary["held_out_exact_match"], abs=0.01)
+    (rows,) = result.tables.values()
+    assert {row["category"]: row["answered"] for row in rows} == {
+        kind: one["questions"] for kind, one in summary["kinds"].items()
+    }
 
 
 def test_report_is_drawn(runs):

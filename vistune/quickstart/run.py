@@ -31,6 +31,8 @@ MARK = "quickstart.json"
 QUICK = scenes.Sizes(align=320, instruct=320, captions=40, questions=20)
 BATCH = 64
 """Questions answered at once."""
+LONGEST = 16
+"""Tokens of an answer to a question, at most."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def run(folder: Path | str, *, quick: bool = False, seed: int = 0) -> dict[str, 
     folder = _claim(Path(folder), seed, quick)
     console.say("1/6 draw pictures of real handwritten digits; some scans are held out")
     paths = scenes.write(folder / "data", seed, QUICK if quick else scenes.Sizes())
+    _write_benchmark(folder / "data" / "heldout", paths)
     console.say("2/6 assemble a vision part, a fresh connector and a language part")
     _assemble(folder / "stage0", seed)
     console.say("3/6 align: the connector learns from captions, all else is frozen")
@@ -63,7 +66,7 @@ def run(folder: Path | str, *, quick: bool = False, seed: int = 0) -> dict[str, 
     console.say("4/6 instruct: connector and language part learn from conversations")
     instruct = stage.run(_recipe("instruct", folder, Path(align["model"]), paths.instruct, paths.images, seed))
     console.say("5/6 answer questions about pictures of held-out scans")
-    questions = _ask(load(instruct["model"]), paths.questions, paths.images, 16)
+    questions = _ask(load(instruct["model"]), paths.questions, paths.images, LONGEST)
     console.say("6/6 open the exported folder with stock transformers and ask")
     told = _ask_stock(Path(instruct["model"]), questions[0])
     summary = {
@@ -98,6 +101,22 @@ def _claim(folder: Path, seed: int, quick: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text(json.dumps({"seed": seed, "quick": quick}) + "\n", encoding="utf-8")
     return folder
+
+
+def _write_benchmark(folder: Path, paths: scenes.Paths) -> None:
+    """The held-out questions as a benchmark of one's own (`custom`), for `vistune evaluate`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in json.loads(paths.questions.read_text(encoding="utf-8")):
+        asked, told = (turn["value"] for turn in row["conversations"][:2])
+        text = asked.removeprefix(f"{IMAGE_MARK}\n")
+        one = {"question_id": row["id"], "image": row["image"], "text": text, "answer": told, "category": _kind(row)}
+        lines.append(json.dumps(one) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "benchmark.toml").write_text(
+        f'title = "held-out digits"\nmetric = "exact"\nimages = "../{paths.images.name}"\nmax_new_tokens = {LONGEST}\n',
+        encoding="utf-8",
+    )
 
 
 def _assemble(folder: Path, seed: int) -> None:
@@ -262,3 +281,5 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     )
     console.say(f"asked: {asked['question']}  answer: {asked['answer']}  ({asked['image']})")
     console.say(f"ask it yourself: vistune chat {summary['model']} --image {asked['image']}")
+    heldout = folder / "data" / "heldout"
+    console.say(f"score it again: vistune evaluate {summary['model']} --benchmark custom --data {heldout}")

@@ -94,12 +94,11 @@ def cross_entropy_sum(hidden_SD: Tensor, head: nn.Module, targets_S: Tensor) -> 
     device = hidden_SD.device.type
     if torch.is_autocast_enabled(device):
         hidden_SD = hidden_SD.to(torch.get_autocast_dtype(device))
-    weight: Tensor = head.weight
-    bias: Any = head.bias
+    held: tuple[Any, Any] = head.weight, head.bias
     if not torch.is_grad_enabled():  # a function of autograd asks its inputs what they want, not the mode
-        weight, bias = weight.detach(), bias if bias is None else bias.detach()
+        held = held[0].detach(), None if held[1] is None else held[1].detach()
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_SD, weight, bias, targets_S)
+        return _LinearCrossEntropy.apply(hidden_SD, *held, targets_S)
 
 
 def _plain(head: nn.Module) -> bool:
