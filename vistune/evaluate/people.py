@@ -74,9 +74,10 @@ def unscored(questions: Sequence[Question], answers: Sequence[Answer], others: S
     """
     allowed = set(others) - {str(one.id) for one in questions}
     matched = match(questions, [one for one in answers if str(one.id) not in allowed])
+    texts = [None if answer is None else answer.text for answer in matched.answers]
     items = [
-        item(question, answer and answer.text, None, normalised_pred=answer and normalise(answer.text))
-        for question, answer in zip(questions, matched.answers, strict=True)
+        item(question, text, None, normalised_pred=None if text is None else normalise(text))
+        for question, text in zip(questions, texts, strict=True)
     ]
     return Result(
         scores={},
