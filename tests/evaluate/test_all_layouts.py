@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from tests.evaluate import toys
 from tests.evaluate.openai_server import serving
 from vistune import cli, console
+from vistune.evaluate import official
 from vistune.evaluate.benchmarks import benchmarks, named
 from vistune.models.assemble import assemble
 from vistune.quickstart.run import PARTS
@@ -201,6 +203,40 @@ def test_hidden_test_sets_give_what_their_servers_take(model, tmp_path) -> None:
         f"VizWiz_test_{i:08}.jpg" for i in range(3)
     ]
     assert "EvalAI" in vqav2["scored_elsewhere"] and "EvalAI" in vizwiz["scored_elsewhere"]
+
+
+EVAL_ZIP = {
+    "gqa": "llava_gqa_testdev_balanced.jsonl",
+    "scienceqa": "llava_test_CQM-A.json",
+    "textvqa": "llava_textvqa_val_v051_ocr.jsonl",
+    "pope": "llava_pope_test.jsonl",
+    "mme": "llava_mme.jsonl",
+    "seed": "llava-seed-bench.jsonl",
+    "mmvet": "llava-mm-vet.jsonl",
+}
+"""What LLaVA's archive adds to the benchmarks' own files."""
+
+
+@pytest.mark.parametrize("name", EVAL_ZIP)
+def test_without_llavas_archive_the_same_is_asked_and_scored(name: str, data, tmp_path) -> None:
+    toy = data[1][name]
+    copy = shutil.copytree(toy.folder, tmp_path / toy.folder.name)
+    asked = questions(name, copy)
+    (copy / EVAL_ZIP[name]).unlink()
+    again = questions(name, copy)
+    if name == "textvqa":  # its own file has no OCR tokens
+        asked = {(id, re.sub("\nReference OCR token: .*", "", text)): seen for (id, text), seen in asked.items()}
+    assert again == asked
+    if name in SCORED:
+        found = scored(name, tmp_path, write_answers(tmp_path / "right.jsonl", toy.right))
+        assert found["score"] == pytest.approx(FULL[name])
+
+
+def questions(name: str, data: Path) -> dict[tuple[str, str], list[bytes]]:
+    """What is asked, and the pictures' bytes."""
+    benchmark = named(name)
+    asked = benchmark.questions(official.place(data, benchmark.folders))
+    return {one.key: [Path(image.path).read_bytes() for image in one.images] for one in asked}
 
 
 def test_a_partial_run_says_its_share_and_has_no_score(model, data, tmp_path) -> None:

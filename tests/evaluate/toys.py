@@ -161,13 +161,15 @@ def scienceqa(root: Path) -> Toy:
     for i, one in enumerate(shown()[:4]):
         id, pictured, split = str(10 + i), i % 2 == 0, "test" if i < 3 else "train"
         choices, letter = options(i, one.asked[1].answer)
-        problem = {"question": one.asked[1].text, "choices": choices, "answer": LETTERS.index(letter), "hint": ""}
+        problem = {"question": one.asked[1].text, "choices": choices, "answer": LETTERS.index(letter)}
+        problem["hint"] = "Look at the picture." if pictured else ""
         problem |= {"image": "image.png" if pictured else None, "task": "closed choice", "grade": "grade1"}
         problem |= {"subject": "natural science", "topic": "digits", "category": "digits", "skill": "count"}
         problems[id] = problem | {"lecture": "", "solution": "", "split": split}
         if split != "test":
             continue
-        text = f"Context: N/A\n{problem['question']}{listed(choices)}"
+        context = f"Context: {problem['hint']}\n" if pictured else ""
+        text = f"{context}{problem['question']}{listed(choices)}"
         talk = [{"from": "human", "value": f"<image>\n{text}" if pictured else text}, {"from": "gpt", "value": letter}]
         asked_of.append({"id": id, "conversations": talk} | ({"image": f"{id}/image.png"} if pictured else {}))
         right.append(said(id, talk[0]["value"] + LETTER, letter))
@@ -199,16 +201,16 @@ def textvqa(root: Path) -> Toy:
 
 
 def pope(root: Path) -> Toy:
-    """LLaVA's file counts through all three categories; each label file counts from 1."""
+    """LLaVA's file begins each category at an id of its own; each label file counts from 1."""
     folder, rows, right = root / "pope", [], []
-    for kind in ("adversarial", "popular", "random"):
+    for first, kind in {0: "adversarial", 10_000_000: "random", 20_000_000: "popular"}.items():
         labels = []
         for i in range(4):
             name, label = f"COCO_val2014_{i % 2:012}.jpg", ("yes", "no")[i % 2]
             save(shown()[i % 2].picture, folder / "val2014" / name)
             text = f"Is there a {words.DIGITS[i]} in the image?"
             labels.append({"question_id": i + 1, "image": name, "text": text, "label": label})
-            id = len(rows) + 1
+            id = first + i + 1
             rows.append({"question_id": id, "image": name, "text": text + SHORT, "category": kind})
             right.append(said(id, text + SHORT, f"{label.capitalize()}, it is."))
         write_lines(folder / "coco" / f"coco_pope_{kind}.json", labels)
@@ -277,12 +279,12 @@ def mmbench_cn(root: Path) -> Toy:
 
 
 def seed(root: Path) -> Toy:
-    """Pictures by the data's id, without a suffix; videos by their middle frame."""
+    """Pictures by the data's id, without a suffix; videos by their middle frame, called after type and id."""
     folder, rows, truths, right = root / "seed_bench", [], [], []
     for i, one in enumerate(shown()[:4]):
         video = i == 3
         id: int | str = f"v10_{i}" if video else 101669 + i
-        image = f"SEED-Bench-video-image/{id}.png" if video else f"SEED-Bench-image/{5448517 + i}_{i}"
+        image = f"SEED-Bench-video-image/10_{id}.png" if video else f"SEED-Bench-image/{5448517 + i}_{i}"
         save(one.picture, folder / image)
         choices, letter = options(i, one.asked[1].answer)
         text = f"{one.asked[1].text}{listed(choices)}{LETTER}"
