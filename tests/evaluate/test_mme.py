@@ -124,6 +124,7 @@ def test_questions_are_llavas_and_the_same_without_its_file(tmp_path):
         (row["question_id"], row["text"], row["category"]) for row in expected
     ]
     assert asked[0].images[0].path == str(MME / RELEASE / expected[0]["image"])
+    assert [one.truth for one in asked] == [one["gold"] for one in lines(MME / "expected_items.jsonl")]
     shutil.copytree(MME / RELEASE, tmp_path / "MME" / RELEASE)
     for row in expected:
         path = tmp_path / "MME" / RELEASE / row["image"]

@@ -64,7 +64,8 @@ class MME(Benchmark):
     Beside it stands the score by lmms-eval's parser, which also takes off blanks at the ends and every full stop, and
     knows "y" and "n"; it is never quoted as the benchmark's.
 
-    What is not answered is left out of every percentage. A tab or line end within an answer would break the official
+    What is not answered is left out of every percentage, and a picture with one answer of its two has no part in the
+    pairs (with no pair whole, their percentage is 0). A tab or line end within an answer would break the official
     result file; it is written as a blank, which no parser sees (`parsed_official` is null there).
     """
 
@@ -204,13 +205,16 @@ def _bare(text: str) -> str:
 
 def _listed(place: Place, path: Path) -> list[Question]:
     """The rows of LLaVA's question file."""
-    found, folder = [], str(_find_release(place) or RELEASE)
+    release = _find_release(place)
+    truths = {(entry.topic, _bare(entry.question)): entry.truth for entry in _entries(release)} if release else {}
+    found = []
     for number, row in enumerate(official.json_lines(path), 1):
         id, text, picture = (str(official.field(row, key, path, number)) for key in ("question_id", "text", "image"))
         category = _topic(id)[0]
         if category not in CATEGORIES:
             raise ValueError(f"{path}:{number}: {id}: {category!r} is no category of MME; {', '.join(CATEGORIES)}")
-        found.append(Question(id=id, text=text, images=(place.picture(picture, folder),), category=category))
+        image, truth = place.picture(picture, str(release or RELEASE)), truths.get((_topic(id), _bare(text)), "")
+        found.append(Question(id=id, text=text, images=(image,), category=category, truth=truth))
     return found
 
 
