@@ -179,9 +179,10 @@ def thin(y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
 
 def linear(low: float, high: float, most: int = 5, *, tight: bool = False) -> Axis:
     """At most about `most` steps of 1, 2, 2.5 or 5 times a power of ten; `tight` ends where the values end."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = (low * 0.5, low * 1.5) if low > 0 else (low * 1.5, low * 0.5) if low < 0 else (0.0, 1.0)
     step = _step((high - low) / most)
+    digits = max(4, math.floor(math.log10(max(abs(low), abs(high)) / step)) + 2)
     first, last = (math.ceil, math.floor) if tight else (math.floor, math.ceil)
     slack = -1e-9 if tight else 1e-9  # a value on a tick stays there
     ticks = np.arange(first(low / step + slack), last(high / step - slack) + 1) * step
@@ -189,7 +190,9 @@ def linear(low: float, high: float, most: int = 5, *, tight: bool = False) -> Ax
         ticks = ticks[ticks == ticks.round()] if high - low >= 2 else ticks
     else:
         low, high = min(low, float(ticks[0])), max(high, float(ticks[-1]))
-    return Axis(low, high, [(round(100 * (float(at) - low) / (high - low), 3), short(float(at), high)) for at in ticks])
+    return Axis(
+        low, high, [(round(100 * (float(at) - low) / (high - low), 3), short(float(at), high, digits)) for at in ticks]
+    )
 
 
 def _step(least: float) -> float:
@@ -207,6 +210,8 @@ def logarithmic(low: float, high: float) -> Axis:
     ticks = [10.0**power * one for power in powers if power % every == 0 for one in times]
     axis = Axis(low, high, [], log=True)
     placed = [(float(axis.place(np.array(at))), at) for at in ticks if low <= at <= high]
+    if len(placed) < 2:  # so narrow that both scales are the same
+        return Axis(low, high, linear(low, high, tight=True).ticks, log=True)
     return Axis(low, high, [(round(100 * place, 3), short(at)) for place, at in placed], log=True)
 
 

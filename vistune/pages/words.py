@@ -34,14 +34,14 @@ def count(value: float) -> str:
     return f"{round(value):,}"
 
 
-def short(value: float, largest: float = 0.0) -> str:
+def short(value: float, largest: float = 0.0, digits: int = 4) -> str:
     """For an axis: 12,500 -> 12.5k, in the unit that its `largest` has."""
     for least, unit, name in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if max(abs(value), largest) >= least:
-            return f"{value / unit:.4g}{name}" if value else "0"
+            return f"{value / unit:.{digits}g}{name}" if value else "0"
     if value and abs(value) < 1e-4:
         return _exponent(f"{value:.2e}")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def size(value: float) -> str:

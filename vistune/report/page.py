@@ -122,7 +122,7 @@ def _histograms(mixed: Mixture) -> list[dict[str, Any]]:
         bars = [
             {
                 "height": round(100 * mixed.pictures.get(i, 0) / most, 2),
-                "title": f"{i}{' or more' if i == 9 else ''} pictures: {mixed.pictures.get(i, 0):,} samples",
+                "title": f"{i}{' or more' if i == 9 else ''} picture{'' if i == 1 else 's'}: {mixed.pictures.get(i, 0):,} samples",
             }
             for i in numbers
         ]
