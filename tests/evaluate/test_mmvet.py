@@ -199,6 +199,36 @@ def test_a_judge_needs_the_right_answers(data, answers, capsys):
         assert not server.completions
 
 
+def test_grades_made_elsewhere_are_summed_up(data, answers, tmp_path, capsys):
+    with serving(reply=replying) as server:
+        here = said("mmvet", data, answers, capsys, "--out", tmp_path / "out", *judging(server))
+        path = tmp_path / "out" / "mmvet-grades.json"
+        there = said("mmvet", data, path, capsys, "--out", tmp_path / "other")
+        assert (there["scores"], there["tables"]) == (here["scores"], here["tables"]) and not there["submission"]
+        assert "without --judge" in refused("mmvet", data, path, capsys, *judging(server))
+    grades = json.loads(path.read_text())
+    grades["v1_0"] |= {"content": ["good"], "score": [0.0]}  # what the official scorer does with a reply of no number
+    path.write_text(json.dumps(grades, indent=4))
+    found = said("mmvet", data, path, capsys)
+    assert found["scores"]["total"] == found["score"] == pytest.approx(100 * 1.8 / 5)
+    assert found["scores"]["total_without_failed"] == pytest.approx(100 * 1.8 / 4)
+    assert found["remarks"]["failed"] == ["0: 'good'"]
+    del grades["v1_4"]
+    path.write_text(json.dumps(grades))
+    found = said("mmvet", data, path, capsys)
+    assert found["partial"] and found["remarks"]["missing"] == ["4"] and found["score"] is None
+    path.write_text('{"v1_0": {"score": "1.0"}}')
+    assert "v1_0: no grades" in refused("mmvet", data, path, capsys)
+
+
+def test_grades_of_several_runs_are_averaged(tmp_path, capsys):
+    path = tmp_path / "grades.json"
+    path.write_text(json.dumps({f"v1_{i}": {"score": [0.0, i / 4], "content": ["0.0", f"{i / 4}"]} for i in range(5)}))
+    found = said("mmvet", tmp_path, path, capsys)
+    assert found["scores"] == {"total": pytest.approx(25)} and list(found["tables"]) == ["by run"]
+    assert [row["total"] for row in found["tables"]["by run"]] == pytest.approx([0, 50])
+
+
 @pytest.mark.parametrize(
     ("reply", "grade"),
     [

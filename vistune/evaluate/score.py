@@ -32,7 +32,7 @@ def score_file(
     """
     benchmark = named(name)
     place = official.place(data, benchmark.folders, images)
-    given, broken = official.answers(answers, benchmark.review if isinstance(benchmark, Judged) else ())
+    given, broken = benchmark.read(answers)
     result = judged(benchmark, place, given, by, (out or answers.parent) / "judged.jsonl", out)
     if broken:
         result.remarks["broken"] = [f"{answers}:{number}" for number in broken]

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from vistune.evaluate import official
 from vistune.evaluate.items import Answer, Question, Result
 from vistune.evaluate.judge import Reply, Request
 from vistune.evaluate.official import Place
@@ -57,6 +58,10 @@ class Benchmark(ABC):
         Where no answers are published (a hidden test set), `scores` is empty and `submission` is what there is.
         """
 
+    def read(self, path: Path) -> tuple[list[Answer], list[str]]:
+        """What `score` is given: a file of answers, or of reviews made elsewhere, and the lines that are neither."""
+        return official.answers(path)
+
     def tokens(self, place: Place) -> int:
         """The longest answer in tokens; a user's own benchmark says it beside its questions."""
         return self.max_new_tokens
@@ -73,8 +78,6 @@ class Judged(Benchmark):
     """A benchmark that another model scores. `score` reads a file of reviews, or has no scores without a judge."""
 
     judged: ClassVar[bool] = True
-    review: ClassVar[tuple[str, ...]] = ()
-    """What a row of the official file of reviews has in place of a text, where `score` takes such rows."""
 
     @abstractmethod
     def requests(self, place: Place, answers: Sequence[Answer]) -> list[Request]:

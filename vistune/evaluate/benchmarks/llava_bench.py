@@ -80,7 +80,6 @@ class LLaVABench(Judged):
     folders = ("llava-bench-in-the-wild", "llava_bench")
     published = 60
     max_new_tokens = 1024
-    review = ("tuple", "score")
     server = "LLaVA's summarize_gpt_review.py"
 
     def questions(self, place: Place) -> list[Question]:
@@ -95,6 +94,9 @@ class LLaVABench(Judged):
             )
             for row in _rows(place)
         ]
+
+    def read(self, path: Path) -> tuple[list[Answer], list[str]]:
+        return official.answers(path, instead=("tuple", "score"))
 
     def score(self, place: Place, answers: Sequence[Answer]) -> Result:
         """The reviews of a judge elsewhere; answers alone have no score."""

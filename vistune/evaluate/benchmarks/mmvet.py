@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vistune.evaluate import official
 from vistune.evaluate.benchmarks import PROTOCOL, Judged
-from vistune.evaluate.items import Answer, Question, Result, item, match
+from vistune.evaluate.items import Answer, Matched, Question, Result, item, match
 from vistune.evaluate.judge import Reply, Request
 from vistune.evaluate.official import Place
 
@@ -58,8 +59,9 @@ class MMVet(Judged):
 
     Rule: the first word of a reply is a number from 0 to 1, or the reply is not read. `total` (published) is the mean,
     in percent; beside it stand the means over the questions that want each ability, and over those that want just one
-    combination. A reply that failed or is not read is counted and scores nothing. `submission` writes what the official
-    scorer takes.
+    combination. A reply that failed or is not read is counted and scores nothing. In a file of grades made elsewhere
+    ({"v1_0": {"model", "content", "score"}}, as the official scorer keeps them) such a reply has the grade 0.0 and
+    enters the means, since that is the official arithmetic; the total without it stands beside.
     """
 
     name = "mmvet"
@@ -86,28 +88,42 @@ class MMVet(Judged):
             for row in _rows(place, facts)
         ]
 
+    def read(self, path: Path) -> tuple[list[Answer], list[str]]:
+        graded = _graded(path) if path.is_file() else None
+        return official.answers(path) if graded is None else (graded, [])
+
     def score(self, place: Place, answers: Sequence[Answer]) -> Result:
-        """Without a judge there is none; with no question file either, the answers are what there is to count."""
+        """The grades of a judge elsewhere; answers alone have none. With no question file either, what is given is all
+        that there is to count."""
         given = _numbered(answers)
         listed = place.find(QUESTIONS, OWN_FILE) is not None
         ids = dict.fromkeys(answer.id for answer in given)
         questions = self.questions(place) if listed else [Question(id=id, text="") for id in ids]
         matched = match(questions, given)
-        return Result(
-            scores={},
-            headline="total",
-            questions=len(questions),
-            answered=matched.answered,
-            remarks=matched.remarks,
-        )
+        items, failed, rest = [], [], []
+        for question, answer in zip(questions, matched.answers, strict=True):
+            grades, content = ([], []) if answer is None else _told(answer)
+            unread = [said for said in content if parse_grade(said) is None]
+            failed += [f"{question.id}: {said[:80]!r}" for said in unread]
+            rest += [] if unread else grades
+            items.append(_item(question, None if answer is None else answer.text, content, grades))
+        result = _summed(items, matched, failed)
+        result.answered = matched.answered
+        if failed and rest:
+            result.scores["total_without_failed"] = _mean(rest)
+        return result
 
     def submission(self, place: Place, answers: Sequence[Answer], out: Path) -> list[Path]:
         """`mmvet-results.json`: {"v1_<question_id>": answer}, as the answers come, the last of several to one."""
+        if any(_told(answer)[0] for answer in answers):
+            return []  # grades, not answers
         told = {_number(answer.id): answer.text for answer in answers}
         written = json.dumps({f"{PREFIX}{number}": text for number, text in told.items()}, indent=2)
         return [official.write(out / "mmvet-results.json", written)]
 
     def requests(self, place: Place, answers: Sequence[Answer]) -> list[Request]:
+        if any(_told(answer)[0] for answer in answers):
+            raise ValueError("MM-Vet: these answers are a judge's grades already; score them without --judge")
         table, facts = _prompt(place), _facts(place)
         questions = self.questions(place)
         found = []
@@ -135,23 +151,11 @@ class MMVet(Judged):
                 failed += [
                     _failure(question, reply) for reply, grade in zip(said, grades, strict=True) if grade is None
                 ]
-            items.append(_item(question, answer, said, grades))
-        remarks = matched.remarks | ({"failed": failed} if failed else {})
-        rows = [(str(one["category"]), float(one["score"])) for one in items if "score" in one]
-        by_ability = _by_ability(rows)
-        return Result(
-            scores={"total": _mean(score for _, score in rows)} | {row["ability"]: row["score"] for row in by_ability}
-            if rows
-            else {},
-            headline="total",
-            questions=len(questions),
-            answered=len(rows),
-            tables={"by ability": by_ability, "by combination of abilities": _by_combination(rows)}
-            | ({"by run": _by_run(items, self.runs)} if self.runs > 1 else {}),
-            items=items,
-            remarks=remarks,
-            protocol=PROTOCOL if place.find(PROMPT) else OWN,
-        )
+            text = None if answer is None else answer.text
+            items.append(_item(question, text, [reply.text for reply in said], grades))
+        result = _summed(items, matched, failed)
+        result.protocol = PROTOCOL if place.find(PROMPT) else OWN
+        return result
 
     def reviews(self, place: Place, answers: Sequence[Answer], replies: Mapping[str, Reply], out: Path) -> list[Path]:
         """`mmvet-grades.json`, {"v1_0": {"model", "content", "score"}} with a list entry for each run that was read."""
@@ -205,8 +209,9 @@ def _by_combination(rows: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
     return [{"abilities": name, "questions": len(scores), "score": _mean(scores)} for name, scores in ordered]
 
 
-def _by_run(items: Sequence[Mapping[str, Any]], runs: int) -> list[dict[str, Any]]:
-    found = [[one["grades"][run] for one in items if one["grades"][run] is not None] for run in range(runs)]
+def _by_run(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    runs = zip_longest(*(one["grades"] for one in items))
+    found = [[grade for grade in one if grade is not None] for one in runs]
     return [
         {"run": run, "questions": len(grades), "total": _mean(grades)} for run, grades in enumerate(found, 1) if grades
     ]
@@ -222,11 +227,29 @@ def _together(abilities: Iterable[str]) -> str:
 
 
 def _item(
-    question: Question, answer: Answer | None, said: Sequence[Reply], grades: Sequence[float | None]
+    question: Question, answer: str | None, content: Sequence[str], grades: Sequence[float | None]
 ) -> dict[str, Any]:
     read = [grade for grade in grades if grade is not None]
-    more = {"grades": list(grades), "content": [reply.text for reply in said]}
-    return item(question, None if answer is None else answer.text, None, fmean(read) if read else None, **more)
+    more = {"grades": list(grades), "content": list(content)}
+    return item(question, answer, None, fmean(read) if read else None, **more)
+
+
+def _summed(items: list[dict[str, Any]], matched: Matched, failed: list[str]) -> Result:
+    """What the graded ones among the items amount to."""
+    rows = [(str(one["category"]), float(one["score"])) for one in items if "score" in one]
+    by_ability, by_run = _by_ability(rows), _by_run(items)
+    abilities = {row["ability"]: row["score"] for row in by_ability}
+    tables = {"by ability": by_ability, "by combination of abilities": _by_combination(rows)}
+    return Result(
+        scores={"total": _mean(score for _, score in rows)} | abilities if rows else {},
+        headline="total",
+        questions=len(items),
+        answered=len(rows),
+        tables={title: found for title, found in tables.items() if abilities}
+        | ({"by run": by_run} if len(by_run) > 1 else {}),
+        items=items,
+        remarks=matched.remarks | ({"failed": failed} if failed else {}),
+    )
 
 
 def _failure(question: Question, reply: Reply) -> str:
@@ -289,3 +312,28 @@ def _rows(place: Place, facts: Mapping[str, dict[str, Any]]) -> list[dict[str, A
 def _plain(id: int | str) -> int | str:
     number = _number(id)
     return int(number) if number.isdecimal() else number
+
+
+def _graded(path: Path) -> list[Answer] | None:
+    """The grades of the official scorer's file, as answers without a text; None for a file of another kind."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # JSON lines, of answers
+    if not isinstance(found, dict) or "question_id" in found:
+        return None
+    answers = [
+        Answer(id=name, prompt="", text="", row=row if isinstance(row, dict) else {}) for name, row in found.items()
+    ]
+    for answer in answers:
+        if not _told(answer)[0]:
+            raise ValueError(f"{path}: {answer.id}: no grades; a row of them is {{model, content, score}}, each a list")
+    return answers
+
+
+def _told(answer: Answer) -> tuple[list[float], list[str]]:
+    """The grades of a row of the official scorer's file and what the judge said; nothing for an answer."""
+    scores, content = answer.row.get("score"), answer.row.get("content")
+    if not isinstance(scores, list) or not all(isinstance(one, int | float) for one in scores):
+        return [], []
+    return [float(one) for one in scores], [str(one) for one in content] if isinstance(content, list) else []
