@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,16 @@ def json_file(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}; fetch it again") from None
 
 
+def members(path: Path, key: str | None, publisher: str) -> list[dict[str, Any]]:
+    """The list of objects that a JSON file has under `key`, or is where that is None. ValueError when it has none."""
+    whole = json_file(path)
+    rows = whole if key is None else whole.get(key) if isinstance(whole, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        what = "not a list of objects" if key is None else f"no list of objects under {key!r}"
+        raise ValueError(f"{path}: {what}; fetch it again from {publisher}")
+    return rows
+
+
 def table(path: Path) -> list[dict[str, str]]:
     """The rows of a table of tab-separated values with a header; a cell may be a picture of megabytes."""
     csv.field_size_limit(sys.maxsize)
@@ -175,8 +186,13 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders below `folder`, nearest first, `depth` deep."""
+    """Folders below `folder`, nearest first, `depth` deep. Pictures lie there by the hundred thousand: none is asked."""
     level = [folder]
     for _ in range(depth):
-        level = [path for one in level for path in sorted(one.iterdir()) if path.is_dir()]
+        level = [path for one in level for path in _folders(one)]
         yield from level
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
