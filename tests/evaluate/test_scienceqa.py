@@ -160,6 +160,8 @@ def test_prompts_that_do_not_show_the_picture_are_named(tmp_path, capsys):
 
 def test_bad_files_are_named(tmp_path, capsys):
     assert "problems.json" in refused("scienceqa", tmp_path, ANSWERS, capsys)
+    place_with(tmp_path, [])
+    assert "problems.json: problems are {id" in refused("scienceqa", tmp_path, ANSWERS, capsys)
     place_with(tmp_path, PROBLEMS)
     (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["4", "7"]}))
     assert "problem 7" in refused("scienceqa", tmp_path, ANSWERS, capsys)

@@ -44,9 +44,9 @@ class Gqa(Benchmark):
     published = 12_578
 
     def questions(self, place: Place) -> list[Question]:
-        asked = _asked(place.file(OFFICIAL)) if place.find(OFFICIAL) else {}
+        asked = _asked(place.file(OFFICIAL))
         if (path := place.find(LLAVA)) is None:
-            return [_question(place, one) for one in (asked or _asked(place.file(OFFICIAL))).values()]
+            return [_question(place, one) for one in asked.values()]
         return [
             Question(
                 id=row["question_id"],

@@ -105,7 +105,8 @@ def _items(
     """One item for each answer of a category, in their order; those beyond the last label have none."""
     found = []
     for place, (asked, answer) in enumerate(pairs):
-        number = answer.row.get("label_number", place + 1)
+        written = answer.row.get("label_number")
+        number = written if isinstance(written, int) else place + 1
         row = labels[number - 1] if 0 < number <= len(labels) else {}
         label = ("no" if row["label"] == "no" else "yes") if row else None
         if number != asked.number or (answer.prompt and row.get("text", "") not in answer.prompt):
@@ -193,7 +194,7 @@ def _built(place: Place) -> list[dict[str, Any]]:
 
 
 def _labels(place: Place, category: str, *keys: str) -> list[dict[str, Any]]:
-    path = place.file(LABELS.format(category))
+    path = place.file(f"coco/{LABELS.format(category)}", LABELS.format(category))
     rows = official.json_lines(path)
     for number, row in enumerate(rows, 1):
         for key in ("label", *keys):

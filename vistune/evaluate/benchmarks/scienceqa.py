@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,18 @@ class ScienceQA(Benchmark):
     max_new_tokens = 1024
 
     def questions(self, place: Place) -> list[Question]:
-        known = _problems(place) if place.find("problems.json") else {}
+        known, picture = _problems(place), _pictures(place)
         if (path := place.find(LLAVA)) is None:
-            return [_question(place, one) for one in (known or _problems(place)).values()]
+            return [_question(one, picture) for one in known.values()]
         rows = official.json_file(path)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path}: a list of {{id, image, conversations}} is expected; fetch it again")
         _differ([str(field(row, "id", path, number)) for number, row in enumerate(rows, 1)], path)
-        return [_asked(place, row, known, path, number) for number, row in enumerate(rows, 1)]
+        return [_asked(row, known, picture, path, number) for number, row in enumerate(rows, 1)]
 
     def score(self, place: Place, answers: Sequence[Answer]) -> Result:
-        problems = list(_problems(place).values())
-        questions = [_question(place, one) for one in problems]
+        problems, picture = list(_problems(place).values()), _pictures(place)
+        questions = [_question(one, picture) for one in problems]
         matched = match(questions, answers)
         items = [
             _item(question, one, given)
@@ -177,13 +177,23 @@ def _prompt(text: str, picture: bool) -> str:
     return f"{mark}{text.replace(IMAGE_MARK, '').strip()}{LETTER}"
 
 
-def _question(place: Place, one: Problem) -> Question:
-    images = _pictures(place, f"{one.id}/{one.image}") if one.image else ()
+Picture = Callable[[str], Image]
+"""Where a picture lies, by its name from the split's folder."""
+
+
+def _pictures(place: Place) -> Picture:
+    """In the folder, or beside the problems."""
+    beside = str(place.file("problems.json").parent / "images" / SPLIT)
+    return lambda name: place.picture(name, f"images/{SPLIT}", SPLIT, "images", beside)
+
+
+def _question(one: Problem, picture: Picture) -> Question:
+    images = (picture(f"{one.id}/{one.image}"),) if one.image else ()
     truth = LETTERS[one.answer]
     return Question(id=one.id, text=one.prompt, images=images, category=one.subject, truth=truth)
 
 
-def _asked(place: Place, row: dict[str, Any], known: dict[str, Problem], path: Path, number: int) -> Question:
+def _asked(row: dict[str, Any], known: dict[str, Problem], picture: Picture, path: Path, number: int) -> Question:
     """A row of LLaVA's question file."""
     id = field(row, "id", path, number)
     turns = field(row, "conversations", path, number)
@@ -194,7 +204,7 @@ def _asked(place: Place, row: dict[str, Any], known: dict[str, Problem], path: P
     return Question(
         id=id,
         text=_prompt(turns[0]["value"], bool(image)),
-        images=_pictures(place, image) if image else (),
+        images=(picture(image),) if image else (),
         category=one.subject if one else "",
         truth=LETTERS[one.answer] if one else "",
     )
@@ -205,15 +215,12 @@ def _differ(ids: Sequence[str], path: Path) -> None:
         raise ValueError(f"{path}: problem {twice[0]} is there twice; ids must differ")
 
 
-def _pictures(place: Place, name: str) -> tuple[Image, ...]:
-    beside = place.file("problems.json", LLAVA).parent
-    return (place.picture(name, f"images/{SPLIT}", SPLIT, "images", str(beside / "images" / SPLIT)),)
-
-
 def _problems(place: Place) -> dict[str, Problem]:
     """The split's problems in its order. ValueError that names file, problem and key for one that is missing."""
     path, splits = place.file("problems.json"), place.file("pid_splits.json")
     rows = official.json_file(path)
+    if not isinstance(rows, dict):
+        raise ValueError(f"{path}: problems are {{id: {{question, choices, answer, ...}}}} there; fetch it again")
     ids = [str(id) for id in field(official.json_file(splits), SPLIT, splits, 1)]
     if gone := [id for id in ids if id not in rows]:
         raise ValueError(f"{path}: problem {gone[0]}, which {splits} lists, is not there ({len(gone)} are missing)")

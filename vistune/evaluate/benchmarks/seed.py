@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,16 @@ class SeedBench(Benchmark):
     server = "the leaderboard of SEED-Bench"
 
     def questions(self, place: Place) -> list[Question]:
-        known = _read(place) if place.find(OFFICIAL) else []
-        if (path := place.find(LLAVA)) is None:
-            asked = [_question(place, one) for one in known or _read(place)]
-        else:
-            asked = _llavas(place, path, {one.id: one for one in known})
-        _warn_of_frames(place, asked)
+        known, picture = _read(place), _pictures(place)
+        path = place.find(LLAVA)
+        asked = _llavas(path, known, picture) if path else [_question(one, picture) for one in known]
+        _warn_of_frames(asked, picture)
         return asked
 
     def score(self, place: Place, answers: Sequence[Answer]) -> Result:
-        asked = _read(place)
+        asked, picture = _read(place), _pictures(place)
         given = {str(one.id): one for one in answers}
-        items = [_item(place, one, given.get(one.id)) for one in asked]
+        items = [_item(_question(one, picture), one, given.get(one.id)) for one in asked]
         pairs = [(one, bool(found["correct"])) for one, found in zip(asked, items, strict=True)]
         kinds = accuracies("data", ((kind, right) for kind in KINDS for one, right in pairs if one.kind == kind))
         types = sorted(pairs, key=lambda pair: pair[0].type)
@@ -74,7 +72,7 @@ class SeedBench(Benchmark):
                 "Accuracy / data": kinds,
             },
             items=items,
-            remarks=_remarks(place, asked, answers),
+            remarks=_remarks(asked, answers, picture),
         )
 
     def submission(self, place: Place, answers: Sequence[Answer], out: Path) -> list[Path]:
@@ -105,12 +103,16 @@ class Asked:
         return str(self.row_id)
 
 
-def _item(place: Place, one: Asked, given: Answer | None) -> dict[str, Any]:
+Picture = Callable[[str], Image]
+"""Where a picture lies, by its name from the benchmark's folder."""
+
+
+def _item(question: Question, one: Asked, given: Answer | None) -> dict[str, Any]:
     text = None if given is None else given.text
-    return item(_question(place, one), text, text == one.answer, type=one.type, data_type=one.kind)
+    return item(question, text, text == one.answer, type=one.type, data_type=one.kind)
 
 
-def _remarks(place: Place, asked: Sequence[Asked], answers: Sequence[Answer]) -> dict[str, list[str]]:
+def _remarks(asked: Sequence[Asked], answers: Sequence[Answer], picture: Picture) -> dict[str, list[str]]:
     """What is odd. An id that stands for two questions may be answered twice."""
     questions = Counter(one.id for one in asked)
     given = Counter(str(one.id) for one in answers)
@@ -121,46 +123,46 @@ def _remarks(place: Place, asked: Sequence[Asked], answers: Sequence[Answer]) ->
         "missing": [one.id for one in missing],
         "question ids that stand for several questions": [id for id, count in questions.items() if count > 1],
     }
-    if any(one.kind == "video" for one in missing) and not _has_frames(place):
-        found["videos without frames"] = [f"{_picture(place, FRAMES).path} is not there"]
+    frames = Path(picture(FRAMES).path)
+    if any(one.kind == "video" for one in missing) and not frames.is_dir():
+        found["videos without frames"] = [f"{frames} is not there"]
     return {kind: names for kind, names in found.items() if names}
 
 
-def _picture(place: Place, name: str) -> Image:
+def _pictures(place: Place) -> Picture:
     """In the folder, or beside the questions."""
-    return place.picture(name, ".", str(place.file(OFFICIAL, LLAVA).parent))
+    beside = str(place.file(OFFICIAL).parent)
+    return lambda name: place.picture(name, ".", beside)
 
 
-def _has_frames(place: Place) -> bool:
-    return Path(_picture(place, FRAMES).path).is_dir()
-
-
-def _warn_of_frames(place: Place, asked: Iterable[Question]) -> None:
-    count = sum(f"{FRAMES}/" in image.path for one in asked for image in one.images)
-    if count and not _has_frames(place):
+def _warn_of_frames(asked: Iterable[Question], picture: Picture) -> None:
+    count, frames = sum(f"{FRAMES}/" in image.path for one in asked for image in one.images), picture(FRAMES).path
+    if count and not Path(frames).is_dir():
         console.warn(
-            f"SEED-Bench: {count:,} questions are about videos, and {_picture(place, FRAMES).path} is not there; put"
-            " the middle frame of each there as TYPE_ID.png, or they go unanswered"
+            f"SEED-Bench: {count:,} questions are about videos, and {frames} is not there; put the middle frame of each"
+            " there as TYPE_ID.png, or they go unanswered"
         )
 
 
-def _llavas(place: Place, path: Path, known: Mapping[str, Asked]) -> list[Question]:
+def _llavas(path: Path, known: Sequence[Asked], picture: Picture) -> list[Question]:
     """The questions of LLaVA's file, which has an id twice as the official one does."""
+    by_id = {one.id: one for one in known}
     return [
         Question(
             id=field(row, "question_id", path, number),
             text=field(row, "text", path, number),
-            images=(_picture(place, field(row, "image", path, number)),),
-            category=one.type_name if (one := known.get(str(row["question_id"]))) else row.get("category", ""),
+            images=(picture(field(row, "image", path, number)),),
+            category=one.type_name if (one := by_id.get(str(row["question_id"]))) else row.get("category", ""),
             truth=one.answer if one else "",
         )
         for number, row in enumerate(official.json_lines(path), 1)
     ]
 
 
-def _question(place: Place, one: Asked) -> Question:
-    images = (_picture(place, one.picture),)
-    return Question(id=one.row_id, text=one.text, images=images, category=one.type_name, truth=one.answer)
+def _question(one: Asked, picture: Picture) -> Question:
+    return Question(
+        id=one.row_id, text=one.text, images=(picture(one.picture),), category=one.type_name, truth=one.answer
+    )
 
 
 def _read(place: Place) -> list[Asked]:
