@@ -186,7 +186,7 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders below `folder`, nearest first, `depth` deep. Pictures lie there by the hundred thousand: none is asked."""
+    """Folders below `folder`, nearest first, `depth` deep. Beside them lie pictures by the hundred thousand."""
     level = [folder]
     for _ in range(depth):
         level = [path for one in level for path in _folders(one)]
