@@ -96,5 +96,5 @@ def test_where_both_lie_there_the_ids_say_which(val, tmp_path):
 
 def test_a_file_that_is_not_vizwizs_is_refused(val):
     (val.folder / "val.json").write_text('{"0": {}}')
-    with pytest.raises(ValueError, match=r"val\.json: VizWiz's file is a list"):
+    with pytest.raises(ValueError, match=r"val\.json: not a list of objects; fetch it again from vizwiz\.org"):
         named("vizwiz").questions(official.Place(val.folder))

@@ -13,10 +13,14 @@ from typing import Any
 
 from vistune.evaluate import official
 from vistune.evaluate.items import Answer, Question, Result, accuracies, item, match, percent
+from vistune.evaluate.official import Place
 from vistune.evaluate.scoring import normalise
 
 Rule = Callable[[str, Sequence[str]], float]
 """An answer and people's answers -> its score, 0..1."""
+
+Rows = Callable[[Path], list[dict[str, Any]]]
+"""A file of questions -> its rows as LLaVA writes them: question_id, image, text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,23 @@ def scored(asked: Sequence[Asked], answers: Sequence[Answer], rule: Rule) -> Res
         items=items,
         remarks=matched.remarks,
     )
+
+
+def are_open(place: Place, answers: Sequence[Answer], known: str, hidden: Sequence[str], rows: Rows) -> bool:
+    """Whether these answers are to the set whose file `known` holds what is right, and not to the one of the `hidden`
+    files, read by `rows`. Where both lie there, the answers' ids say it; where one does, they are to that."""
+    if not place.find(known):
+        return False
+    if (path := place.find(*hidden)) is None:
+        return True
+    ids = {str(row["question_id"]) for row in rows(path)}
+    return not any(str(one.id) in ids for one in answers)
+
+
+def hidden(place: Place, row: Mapping[str, Any], *folders: str) -> Question:
+    """A question whose answer nobody may know, of a row as LLaVA writes it; its picture lies in one of `folders`."""
+    images = (place.picture(row["image"], *folders),)
+    return Question(id=row["question_id"], text=row["text"], images=images, category=str(row.get("category", "")))
 
 
 def unscored(questions: Sequence[Question], answers: Sequence[Answer], others: Sequence[str] = ()) -> Result:

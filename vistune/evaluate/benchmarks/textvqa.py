@@ -215,7 +215,4 @@ def _ocr_line(tokens: Sequence[str] | None) -> str:
 
 
 def _data(path: Path) -> list[dict[str, Any]]:
-    whole = official.json_file(path)
-    if not isinstance(whole, dict) or not isinstance(whole.get("data"), list):
-        raise ValueError(f"{path}: no list under 'data'; fetch it again from textvqa.org")
-    return whole["data"]
+    return official.members(path, "data", "textvqa.org")

@@ -50,12 +50,12 @@ class VizWiz(Benchmark):
     def questions(self, place: Place) -> list[Question]:
         if place.find(VAL):
             return [one.question for one in _val(place)]
-        return [_test_question(place, row) for row in _rows(place.file(*TEST))]
+        return _test(place)
 
     def score(self, place: Place, answers: Sequence[Answer]) -> Result:
         if _of_val(place, answers):
             return people.scored(_val(place), answers, scoring.vizwiz)
-        return people.unscored([_test_question(place, row) for row in _rows(place.file(*TEST))], answers)
+        return people.unscored(_test(place), answers)
 
     def submission(self, place: Place, answers: Sequence[Answer], out: Path) -> list[Path]:
         """vizwiz_upload.json: a row for every question of test, in its file's order. Of val nothing is handed in.
@@ -76,18 +76,14 @@ class VizWiz(Benchmark):
 
 
 def _of_val(place: Place, answers: Sequence[Answer]) -> bool:
-    """Whether these answers are to val; where only one of the two lies there, to that."""
-    if not place.find(VAL):
-        return False
-    if (path := place.find(*TEST)) is None:
-        return True
-    test = {str(row["question_id"]) for row in _rows(path)}
-    return not any(str(one.id) in test for one in answers)
+    return people.are_open(place, answers, VAL, TEST, _rows)
 
 
 def _val(place: Place) -> list[Asked]:
     path = place.file(VAL)
-    return [_asked(place, row, number, path) for number, row in enumerate(_listed(path), 1)]
+    return [
+        _asked(place, row, number, path) for number, row in enumerate(official.members(path, None, "vizwiz.org"), 1)
+    ]
 
 
 def _asked(place: Place, row: dict[str, Any], number: int, path: Path) -> Asked:
@@ -102,13 +98,8 @@ def _asked(place: Place, row: dict[str, Any], number: int, path: Path) -> Asked:
     )
 
 
-def _test_question(place: Place, row: dict[str, Any]) -> Question:
-    return Question(
-        id=row["question_id"],
-        text=row["text"],
-        images=(place.picture(row["image"], "test", "images"),),
-        category=str(row.get("category", "")),
-    )
+def _test(place: Place) -> list[Question]:
+    return [people.hidden(place, row, "test", "images") for row in _rows(place.file(*TEST))]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -117,13 +108,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return official.question_rows(path, "image")
     return [
         {"question_id": image, "image": image, "text": field(row, "question", path, number) + UNSURE + SHORT}
-        for number, row in enumerate(_listed(path), 1)
+        for number, row in enumerate(official.members(path, None, "vizwiz.org"), 1)
         for image in (field(row, "image", path, number),)
     ]
-
-
-def _listed(path: Path) -> list[dict[str, Any]]:
-    rows = official.json_file(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: VizWiz's file is a list of objects; fetch it again from vizwiz.org")
-    return rows

@@ -47,14 +47,14 @@ class Vqav2(Benchmark):
     def questions(self, place: Place) -> list[Question]:
         if place.find(ANNOTATIONS):
             return [one.question for one in _val(place, place.file(VAL))]
-        return [_test_question(place, row) for row in _rows(place.file(*TEST_DEV, *TEST))]
+        return _test(place)
 
     def score(self, place: Place, answers: Sequence[Answer]) -> Result:
         if _of_val(place, answers):
             return people.scored(_val(place, place.find(VAL)), answers, scoring.vqav2)
         every = place.find(*TEST)
-        questions = [_test_question(place, row) for row in _rows(place.file(*TEST_DEV, *TEST))]
-        return people.unscored(questions, answers, [str(row["question_id"]) for row in _rows(every)] if every else ())
+        ids = [str(row["question_id"]) for row in _rows(every)] if every else []
+        return people.unscored(_test(place), answers, ids)
 
     def submission(self, place: Place, answers: Sequence[Answer], out: Path) -> list[Path]:
         """vqav2_upload.json: a row for every question of test, in its file's order, "" where none was given. Of val
@@ -70,13 +70,7 @@ class Vqav2(Benchmark):
 
 
 def _of_val(place: Place, answers: Sequence[Answer]) -> bool:
-    """Whether these answers are to val; where only one of the two lies there, to that."""
-    if not place.find(ANNOTATIONS):
-        return False
-    if (path := place.find(*TEST, *TEST_DEV)) is None:
-        return True
-    test = {str(row["question_id"]) for row in _rows(path)}
-    return not any(str(one.id) in test for one in answers)
+    return people.are_open(place, answers, ANNOTATIONS, (*TEST, *TEST_DEV), _rows)
 
 
 def _val(place: Place, path: Path | None) -> list[Asked]:
@@ -106,13 +100,9 @@ def _asked(place: Place, row: dict[str, Any], text: str, source: Path) -> Asked:
     )
 
 
-def _test_question(place: Place, row: dict[str, Any]) -> Question:
-    return Question(
-        id=row["question_id"],
-        text=row["text"],
-        images=(place.picture(row["image"], "test2015", "images/test2015"),),
-        category=str(row.get("category", "")),
-    )
+def _test(place: Place) -> list[Question]:
+    rows = _rows(place.file(*TEST_DEV, *TEST))
+    return [people.hidden(place, row, "test2015", "images/test2015") for row in rows]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -130,10 +120,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _members(path: Path, key: str) -> list[dict[str, Any]]:
-    whole = official.json_file(path)
-    if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
-        raise ValueError(f"{path}: no list under {key!r}; fetch it again from visualqa.org")
-    return whole[key]
+    return official.members(path, key, "visualqa.org")
 
 
 def _id(row: dict[str, Any], path: Path) -> Id:
