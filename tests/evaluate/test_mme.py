@@ -177,3 +177,5 @@ def test_bad_files_are_named(tmp_path, capsys):
     assert "existence/0000 is asked 1 questions" in refused("mme", data, ANSWERS, capsys)
     write_answers(data / "llava_mme.jsonl", [row, row | {"text": "Why?"}])
     assert "no answer to 'Why?'" in refused("mme", data, ANSWERS, capsys)
+    file = write_answers(tmp_path / "a.jsonl", [{"question_id": "existence/0000.png", "text": "Yes"}])
+    assert "existence/0000.png has no prompt" in refused("mme", MME, file, capsys).replace("\n", " ")

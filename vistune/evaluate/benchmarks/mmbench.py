@@ -91,6 +91,7 @@ class MMBench(Benchmark):
             tables={} if not scores else {f"{self.title}, by {key}": _grouped(items, key) for key in TABLES},
             items=items,
             remarks=matched.remarks,
+            protocol=f"{self.protocol}, scored by rule",
         )
 
     def submission(self, place: Place, answers: Sequence[Answer], out: Path) -> list[Path]:

@@ -181,6 +181,8 @@ def _told(
     place: Place, asked: list[Question], answers: Sequence[Answer]
 ) -> tuple[list[Question], list[Entry], Matched]:
     """The questions, their entries in the release, and the answers to them. ValueError for one that is not there."""
+    if mute := next((answer for answer in answers if not answer.prompt), None):
+        raise ValueError(f"MME: an answer to {mute.id} has no prompt, which says to which of its two questions it is")
     release = _release(place)
     known = {(entry.topic, _bare(entry.question)): entry for entry in _entries(release)}
     keys = [(_topic(question.id), _bare(question.text)) for question in asked]
