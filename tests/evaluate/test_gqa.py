@@ -131,3 +131,28 @@ def test_bad_files_are_named(tmp_path, capsys):
     shutil.copy(GQA / "testdev_balanced_questions.json", tmp_path)
     with pytest.raises(ValueError, match=f"jsonl:3: question_id {rows[0]['question_id']}"):
         named("gqa").questions(official.place(tmp_path, ("gqa",)))
+
+
+def test_a_step_is_an_operation_that_does_not_ask(tmp_path):
+    """One program for each question; three operations that ask do not count, wherever their words stand."""
+    programs = [
+        [("select", "dog (1)"), ("query", "name")],
+        [("select", "dog (1)"), ("query", "color")],
+        [("select", "dog (1)"), ("exist", "?"), ("select", "cat (2)"), ("exist", "?"), ("and", "")],
+        [("choose name", "dog|cat"), ("relate", "_,left,o (3)"), ("query: name", "")],
+    ]
+    row = {"question": "Is it?", "imageId": "n1", "answer": "yes", "isBalanced": True, "groups": {"global": None}}
+    row["types"] = {"structural": "verify", "semantic": "obj"}
+    rows = {
+        str(id): {**row, "semantic": [{"operation": one, "argument": of, "dependencies": []} for one, of in program]}
+        for id, program in enumerate(programs)
+    }
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(rows))
+    found = named("gqa").score(official.place(tmp_path, ("gqa",)), [answer(0, "Yes."), answer("1", "no")])
+    table = found.tables["Accuracy / steps number"]
+    assert [(row["steps number"], row["questions"], row["accuracy"]) for row in table] == [
+        (1, 2, 50.0),
+        (2, 1, 0.0),
+        (3, 1, 0.0),
+    ]
+    assert found.scores["accuracy"] == 25 and found.scores["accuracy_of_answered"] == 50
