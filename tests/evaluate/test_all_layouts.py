@@ -232,11 +232,23 @@ def test_without_llavas_archive_the_same_is_asked_and_scored(name: str, data, tm
         assert found["score"] == pytest.approx(FULL[name])
 
 
+def test_folders_that_llava_calls_differently_are_one(data, tmp_path) -> None:
+    """Its archive has mmbench_cn/ and mm-vet/, its docs put the table into mmbench/ and mm-vet.zip into mmvet/."""
+    cn, mmvet = data[1]["mmbench_cn"].folder, data[1]["mmvet"].folder
+    shutil.copytree(cn, tmp_path / "mmbench")
+    (tmp_path / "mmbench_cn" / "answers_upload").mkdir(parents=True)
+    assert questions("mmbench_cn", tmp_path).keys() == questions("mmbench_cn", cn).keys()
+    shutil.copytree(mmvet, tmp_path / "mmvet" / "mm-vet")
+    (tmp_path / "mm-vet").mkdir()
+    (tmp_path / "mmvet" / "mm-vet" / "llava-mm-vet.jsonl").rename(tmp_path / "mm-vet" / "llava-mm-vet.jsonl")
+    assert questions("mmvet", tmp_path) == questions("mmvet", mmvet)
+
+
 def questions(name: str, data: Path) -> dict[tuple[str, str], list[bytes]]:
     """What is asked, and the pictures' bytes."""
     benchmark = named(name)
     asked = benchmark.questions(official.place(data, benchmark.folders))
-    return {one.key: [Path(image.path).read_bytes() for image in one.images] for one in asked}
+    return {one.key: [image.data or Path(image.path).read_bytes() for image in one.images] for one in asked}
 
 
 def test_a_partial_run_says_its_share_and_has_no_score(model, data, tmp_path) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ DEPTH = 3
 
 @dataclass(frozen=True)
 class Place:
-    """Where a benchmark's files lie: under `root`, its pictures under `images` if that is said."""
+    """Where a benchmark's files lie: under `root`, its pictures under `images` if that is said. What `root` lacks may
+    lie in `others`: LLaVA's archive, scripts and docs call some folders differently."""
 
     root: Path
     images: Path | None = None
+    others: tuple[Path, ...] = ()
 
     def file(self, *names: str) -> Path:
         """The first of these names that lies in the folder or, once, below it. A name may have folders and `*`.
@@ -42,9 +45,9 @@ class Place:
 
     def find(self, *names: str) -> Path | None:
         """As `file`, and None when there is none."""
-        for name in names:
-            here = sorted(self.root.glob(name))
-            found = here or [path for folder in _below(self.root, DEPTH) for path in sorted(folder.glob(name))]
+        for root, name in product((self.root, *self.others), names):
+            here = sorted(root.glob(name))
+            found = here or [path for folder in _below(root, DEPTH) for path in sorted(folder.glob(name))]
             if len(found) > 1 and "*" not in name:
                 raise ValueError(
                     f"{name} lies in {len(found)} places: {found[0]} and {found[1]}; give a folder with one"
@@ -58,17 +61,19 @@ class Place:
 
         Nothing is opened: where none of them has it, the first is what the error will name when it is.
         """
-        places = [self.images] if self.images else [self.root / folder for folder in folders] or [self.root]
+        roots = (self.root, *self.others)
+        places = [self.images] if self.images else [root / folder for root, folder in product(roots, folders or (".",))]
         chosen = next((place for place in places if (place / name).exists()), places[0])
         return Image(path=str(chosen / name))
 
 
 def place(data: Path, folders: Sequence[str], images: Path | None = None) -> Place:
-    """A benchmark's folder in `data`: the one of its own name there (`folders`, as LLaVA says), or `data` itself."""
+    """A benchmark's folders in `data`: those of its own names there (`folders`, as LLaVA says), or `data` itself."""
     if not data.is_dir():
         raise ValueError(f"--data {data}: no such folder")
-    own = next((data / name for name in folders if (data / name).is_dir()), data)
-    return Place(own, images)
+    own = [data / name for name in folders if (data / name).is_dir()]
+    distinct = [one for i, one in enumerate(own) if not any(one.samefile(other) for other in own[:i])]
+    return Place(distinct[0] if distinct else data, images, tuple(distinct[1:]))
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -76,12 +76,14 @@ class MMVet(Judged):
 
     def questions(self, place: Place) -> list[Question]:
         place.file(QUESTIONS, OWN_FILE)  # one of both
-        facts = _facts(place) if place.find(OWN_FILE) else {}
+        own = place.find(OWN_FILE)
+        facts = _facts(place) if own else {}
+        beside = [str(own.parent / "images")] if own else []
         return [
             Question(
                 id=row["question_id"],
                 text=row["text"],
-                images=(place.picture(row["image"], "images"),),
+                images=(place.picture(row["image"], "images", *beside),),
                 category=_together(_fact(facts, row["question_id"]).get("capability", ())),
                 truth=str(_fact(facts, row["question_id"]).get("answer", "")),
             )
