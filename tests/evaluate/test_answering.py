@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
 from tests.each_family import each_family, folders_in
-from vistune import asking, decoding
-from vistune.asking import answers
+from vistune import decoding
 from vistune.decoding import PATIENCE, Settings, decode, marked, prompt, stop_ids
-from vistune.evaluate.answering import NEAR, Local, Said, is_near_tie
+from vistune.evaluate.answering import Local, Said, is_near_tie
 from vistune.evaluate.items import Question
 from vistune.generate import Chat
 from vistune.models.load import load

@@ -40,7 +40,7 @@ class Remote:
 
     def _first(self) -> str:
         try:
-            found = [one.id for one in self.client.models.list()]
+            found = [one.id for one in self.client.with_options(max_retries=1).models.list()]
         except Exception as error:
             raise ValueError(f"{self.url}: {_told(error)}") from error
         if not found:

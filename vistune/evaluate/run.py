@@ -18,7 +18,7 @@ from vistune import __version__, console, ranks
 from vistune.evaluate import official, page, score
 from vistune.evaluate.answering import Answerer, Local, is_near_tie
 from vistune.evaluate.benchmarks import Benchmark, named
-from vistune.evaluate.items import Question
+from vistune.evaluate.items import Question, item
 from vistune.evaluate.official import Place
 from vistune.evaluate.subject import Settings, Subject, default_out, everywhere, from_first
 from vistune.evaluate.written import Written, questions_hash, replace
@@ -184,6 +184,7 @@ def _scored(one: Set, told: Told, settings: Settings, folder: Path) -> dict[str,
     """What the answers score, on the console and in the benchmark's folder."""
     answers = told.written.answers()
     result = score.judged(one.benchmark, one.place, answers, settings.judge, folder / "judged.jsonl", folder)
+    result.items = result.items or _said(one, told)
     if told.errors:
         result.remarks["unreadable"] = _named(one, told.errors)
     found = score.as_dict(one.benchmark, result, _submitted(one, told, folder, result.remarks))
@@ -198,6 +199,12 @@ def _scored(one: Set, told: Told, settings: Settings, folder: Path) -> dict[str,
     _json(folder / "scores.json", {key: value for key, value in found.items() if key != "items"})
     score.show(found)
     return found
+
+
+def _said(one: Set, told: Told) -> list[dict[str, Any]]:
+    """What was said, where nothing here can say whether that is right."""
+    rows = zip(one.questions, told.written.rows, strict=True)
+    return [item(question, row["text"] if row else None, None) for question, row in rows]
 
 
 def _submitted(one: Set, told: Told, folder: Path, remarks: dict[str, list[str]]) -> list[Path]:
