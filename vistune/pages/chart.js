@@ -30,13 +30,13 @@
         read.className = "read";
         make("b", read, "step " + at.toLocaleString("en"));
         for (const line of lines) {
-          const i = nearest(line.x, at), value = line.y[i], row = make("div", read);
+          const mean = plot.dataset.log ? line.logMean : line.mean, i = nearest(line.x, at), value = line.y[i], row = make("div", read);
           if (Math.abs(line.x[i] - at) > .04 * (last - first)) { row.remove(); continue; }
           make("i", row).className = "c" + line.colour;
           make("span", row, (lines.length > 1 ? line.name + "  " : "") + shown(value));
-          if (line.mean && line.mean[i] !== null) make("span", row, "  mean " + shown(line.mean[i])).className = "soft";
+          if (mean && mean[i] !== null) make("span", row, "  mean " + shown(mean[i])).className = "soft";
           if (line.x[i] !== at) make("span", row, "  at " + line.x[i].toLocaleString("en")).className = "soft";
-          const drawn = line.mean ? line.mean[i] : value;
+          const drawn = mean ? mean[i] : value;
           if (drawn === null || !isFinite(up(drawn))) continue;
           const dot = make("i", area);
           dot.className = "dot c" + line.colour;

@@ -96,12 +96,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Points:
-    """What is kept of a line: its thinned points and their running mean."""
+    """What is kept of a line: its thinned points and their running mean; `log_mean` is that of the logarithms, which is
+    what a logarithmic axis shows as the middle."""
 
     line: Line
     x: np.ndarray
     y: np.ndarray
-    mean: np.ndarray | None
+    mean: np.ndarray | None = None
+    log_mean: np.ndarray | None = None
 
 
 def chart(
@@ -205,8 +207,8 @@ def logarithmic(low: float, high: float) -> Axis:
     low, high = low / 1.05, high * 1.05
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     wide = math.log10(high / low)
-    times: Sequence[float] = (1,) if wide > 2.5 else (1, 2, 5) if wide > 0.7 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    every = max(1, math.ceil(len(powers) / 8)) if wide > 2.5 else 1
+    times: Sequence[float] = (1,) if wide > 3 else (1, 2, 5) if wide > 0.7 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    every = max(1, math.ceil(len(powers) / 8)) if wide > 3 else 1
     ticks = [10.0**power * one for power in powers if power % every == 0 for one in times]
     axis = Axis(low, high, [], log=True)
     placed = [(float(axis.place(np.array(at))), at) for at in ticks if low <= at <= high]
@@ -221,10 +223,12 @@ def _array(values: Values) -> np.ndarray:
 
 def _points(line: Line) -> _Points:
     x, y = _array(line.x), _array(line.y)
-    width = len(y) // 40
-    mean = smoothed(y, width) if line.smooth and width > 1 else None
-    kept = thin(y)
-    return _Points(line, x[kept], y[kept], None if mean is None else mean[kept])
+    kept, width = thin(y), len(y) // 40
+    if not line.smooth or width < 2:
+        return _Points(line, x[kept], y[kept])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.exp(smoothed(np.log(y), width))
+    return _Points(line, x[kept], y[kept], smoothed(y, width)[kept], logs[kept])
 
 
 def _y_axis(kept: Sequence[_Points], levels: Sequence[tuple[float, str]], low: float | None) -> Axis:
@@ -245,7 +249,8 @@ def _view(kind: str, y: Axis, x: Axis, kept: Sequence[_Points], levels: Sequence
 
 def _drawn(one: _Points, x: Axis, y: Axis) -> Drawn:
     raw = _path(x.place(one.x), y.place(one.y))
-    mean = "" if one.mean is None else _path(x.place(one.x), y.place(one.mean))
+    middle = one.log_mean if y.log else one.mean
+    mean = "" if middle is None else _path(x.place(one.x), y.place(middle))
     dots = []
     if one.line.dots or len(one.y) == 1:
         places = zip(x.place(one.x).tolist(), y.place(one.y).tolist(), strict=True)
@@ -270,8 +275,8 @@ def _data(kept: Sequence[_Points]) -> str:
     for one in kept:
         row = {"name": one.line.name, "colour": one.line.colour % COLOURS, "x": one.x.astype(int).tolist()}
         row["y"] = _short(one.y)
-        if one.mean is not None:
-            row["mean"] = _short(one.mean)
+        if one.mean is not None and one.log_mean is not None:
+            row |= {"mean": _short(one.mean), "logMean": _short(one.log_mean)}
         rows.append(row)
     return json.dumps(rows, separators=(",", ":"))
 
