@@ -17,6 +17,7 @@ from vistune import decoding, ranks
 from vistune.decoding import Prompt, Settings, marked
 from vistune.evaluate.answering import Local, Said
 from vistune.evaluate.items import Question
+from vistune.evaluate.run import shares
 from vistune.models.load import Loaded
 from vistune.samples import Image, Message
 from vistune.train.measuring.rounds import Rounds
@@ -40,7 +41,7 @@ def answers(what: str, questions: Sequence[Question], tokens: int, rounds: Round
 
 def _apart(questions: Sequence[Question], tokens: int, rounds: Rounds) -> dict[int, Said]:
     """This rank's questions, at its own pace."""
-    mine = list(range(ranks.rank(), len(questions), ranks.world()))
+    mine = shares(questions, range(len(questions)), ranks.world())[ranks.rank()]
     local, said = Local(rounds.loaded, batch=rounds.recipe.evaluate.batch), {}
     with rounds.autocast():
         for place, one in local.answer([questions[position] for position in mine], tokens):

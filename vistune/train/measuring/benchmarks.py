@@ -6,7 +6,7 @@ Files are read, and the rule of scoring is tried, before the first step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,21 @@ from vistune.evaluate.answering import Said
 from vistune.evaluate.benchmarks import Benchmark, named
 from vistune.evaluate.items import Answer, Question, Result
 from vistune.evaluate.official import Place
+from vistune.evaluate.run import spread
 from vistune.recipe import Evaluate
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark with the questions of it that are asked, `tokens` at most being answered. `scores` are the names of
-    its figures, none where nothing on this machine can score it; `headline` is the one that is quoted."""
+    """A benchmark of `total` questions, and those of them that are asked; an answer has `tokens` at most. `scores` are
+    the names of its figures, none where nothing on this machine can score it."""
 
     benchmark: Benchmark
     place: Place
     questions: list[Question]
+    total: int
     tokens: int
     scores: tuple[str, ...] = ()
-    headline: str = ""
 
     @property
     def name(self) -> str:
@@ -66,25 +67,21 @@ def _chosen(benchmark: Benchmark, data: Path, limit: int) -> Chosen:
     questions = benchmark.questions(place)
     if not questions:
         raise ValueError(f"evaluate.benchmarks: {benchmark.name} in {place.root} has no questions")
-    asked = spread(questions, limit)
-    chosen = Chosen(benchmark, place, asked, benchmark.tokens(place))
+    asked = [questions[at] for at in spread(len(questions), limit)]
+    chosen = Chosen(benchmark, place, asked, len(questions), benchmark.tokens(place))
     result = _score(chosen, [Said(text="") for _ in asked])
     if not result.scores:
         why = "a judge scores it" if benchmark.judged else benchmark.server or "its answers are not published"
         console.warn(f"evaluate.benchmarks: {benchmark.name} has no score here ({why}); answers are shown alone")
-    return Chosen(benchmark, place, asked, chosen.tokens, tuple(result.scores), result.headline)
-
-
-def spread(all: Sequence[Any], limit: int) -> list[Any]:
-    """`limit` of them, evenly over the whole; all without a limit."""
-    count = min(limit, len(all)) if limit else len(all)
-    return [all[i * len(all) // count] for i in range(count)]
+    return replace(chosen, scores=tuple(result.scores))
 
 
 def scored(chosen: Chosen, said: Sequence[Said], shown: int) -> Scored:
     """What the answers score by the official rule, and `shown` of them for people. ValueError as the rule has it."""
     result = _score(chosen, said)
-    share = result.answered / result.questions if result.questions else 0.0
+    share = sum(not one.error for one in said) / chosen.total
+    if result.questions:
+        share = min(share, result.answered / result.questions)
     scores = {name: float(value) for name, value in result.scores.items()}
     return Scored(scores, scores.get(result.headline), share, _samples(chosen, said, result, shown))
 
@@ -103,7 +100,8 @@ def _samples(chosen: Chosen, said: Sequence[Said], result: Result, shown: int) -
     """The same questions at every evaluation."""
     items = {(str(one["question_id"]), one["question"]): one for one in result.items}
     found = []
-    for question, one in spread(list(zip(chosen.questions, said, strict=True)), shown) if shown else ():
+    for at in spread(len(said), shown) if shown else ():
+        question, one = chosen.questions[at], said[at]
         item = items.get(question.key, {})
         found.append(
             {
