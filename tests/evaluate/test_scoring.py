@@ -16,7 +16,13 @@ from vistune.evaluate.scoring import anls, basic, chosen, exact, normalise, opti
 
 WORDS = st.sampled_from(
     [
-        *(*scoring.NUMBERS, *scoring.ARTICLES, *CONTRACTIONS, *CONTRACTIONS.values(), *scoring.PUNCTUATION),
+        *(
+            *scoring.NUMBERS,
+            *sorted(scoring.ARTICLES),
+            *CONTRACTIONS,
+            *CONTRACTIONS.values(),
+            *sorted(scoring.PUNCTUATION),
+        ),
         *(".", "..", "1,000", "2.5", "'s", "'", "dog", "Übung", "\n", "\t", "\u00a0", " ", ":", "%"),
     ]
 )
@@ -38,7 +44,7 @@ def test_every_contraction_of_the_golden_table_is_in_ours():
 @settings(deadline=None)
 def test_a_normalised_answer_holds_nothing_that_is_cut(text):
     done = normalise(text)
-    assert not set(done) & set(scoring.PUNCTUATION)
+    assert not set(done) & scoring.PUNCTUATION
     assert not set(done.split()) & scoring.ARTICLES and not set(done.split()) & set(scoring.NUMBERS)
     assert done == " ".join(done.split())
 

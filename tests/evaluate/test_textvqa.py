@@ -96,6 +96,13 @@ def test_missing_and_foreign_answers_are_named_and_the_score_is_partial(tmp_path
     assert found["remarks"]["foreign"][0].startswith("nowhere") and len(found["remarks"]["missing"]) > 40
 
 
+def test_answers_to_other_questions_alone_score_nothing(tmp_path, capsys):
+    rows = [row | {"question_id": "nowhere"} for row in lines(ANSWERS)[:3]]
+    found = said("textvqa", TEXTVQA, write_answers(tmp_path / "other.jsonl", rows), capsys)
+    assert found["partial"] and found["score"] is None and found["answered"] == 0 and not found["items"]
+    assert len(found["remarks"]["foreign"]) == 3 and not found["tables"]
+
+
 def test_without_the_official_file_it_is_named(tmp_path, capsys):
     assert "TextVQA_0.5.1_val.json" in refused("textvqa", tmp_path, ANSWERS, capsys)
     (tmp_path / "TextVQA_0.5.1_val.json").write_text("[]")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from string import ascii_uppercase
 
 from vistune.evaluate.contractions import CONTRACTIONS
 
-PUNCTUATION = """;/[]"{}()=+\\_-><@`,?!"""
-"""What is cut out of an answer, mark by mark. A colon, a percent sign, and every mark beyond ASCII stay."""
+PUNCTUATION = frozenset(""";/[]"{}()=+\\_-><@`,?!""")
+"""What is cut out of an answer. A colon, a percent sign, and every mark beyond ASCII stay."""
 
 _COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(value) for value, word in enumerate(_COUNTED)} | {"none": "0"}
@@ -40,9 +41,13 @@ def normalise(text: str) -> str:
     return basic(text.strip())
 
 
+@lru_cache(maxsize=1 << 16)
 def basic(text: str) -> str:
     """An answer as VQA's own evaluation compares it: one line, no punctuation, digits for number words to ten, no
-    articles, apostrophes put back. Lower case. Source: VQA's PythonEvaluationTools."""
+    articles, apostrophes put back. Lower case. Source: VQA's PythonEvaluationTools.
+
+    Kept, since ten people say the same few words 214,354 times over in VQAv2's val.
+    """
     words = _without_punctuation(_one_line(text)).lower().split()
     words = [NUMBERS.get(word, word) for word in words]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
@@ -61,7 +66,7 @@ def _without_punctuation(text: str) -> str:
     """
     deleted = _THOUSANDS.search(text) is not None
     out = text
-    for mark in PUNCTUATION:
+    for mark in PUNCTUATION.intersection(text):
         beside_space = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if deleted or beside_space else " ")
     return _FULL_STOP.sub("", out, count=_MOST_FULL_STOPS)

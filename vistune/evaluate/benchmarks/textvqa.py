@@ -69,12 +69,13 @@ class TextVqa(Benchmark):
         kinds = [(kind_of(answer.prompt), key) for answer, key in zip(answers, keys, strict=True) if key in known]
         scores = [float(one["score"]) for one in items]
         given = {key for _, key in kinds}
+        table = accuracies("prompt", [(kind, score) for (kind, _), score in zip(kinds, scores, strict=True)])
         return Result(
             scores={"accuracy": percent(sum(scores), len(scores))},
             headline="accuracy",
             questions=len(truths),
             answered=sum(one.key in given for one in truths),
-            tables={"prompts": accuracies("prompt", [(k, s) for (k, _), s in zip(kinds, scores, strict=True)])},
+            tables={"prompts": table} if table else {},
             items=items,
             remarks=_remarks(keys, known) | _prompts({kind for kind, _ in kinds}),
             protocol=f"{PROTOCOL}, {WITHOUT}" if {kind for kind, _ in kinds} == {WITHOUT} else "",
