@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from vistune.evaluate import official
 from vistune.evaluate.benchmarks import named
 from vistune.images import normalize
 from vistune.models.load import load
-from vistune.train import evaluating, metrics, stage
+from vistune.train import evaluating, loop, metrics, stage
 from vistune.train.keeping import best, checkpoint
 from vistune.train.measuring import held_out
 from vistune.train.measuring.unchanged import unchanged
@@ -147,6 +149,22 @@ def test_training_in_half_precision_is_the_same_without(case, start, data, held,
     assert_same(found[0][1], found[1][1])
 
 
+def test_no_layer_is_compiled_for_what_is_only_looked_at():
+    compiled = []
+
+    def backend(graph, given):
+        compiled.append(graph)
+        return graph.forward
+
+    module = nn.Linear(2, 2)
+    module.forward = torch.compile(module.forward, backend=backend, dynamic=False)
+    module(torch.ones(3, 2))
+    with unchanged(module, torch.device("cpu")):
+        module(torch.ones(5, 2))
+    module(torch.ones(3, 2))
+    assert len(compiled) == 1
+
+
 def test_nothing_is_left_behind():
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[1].eval()  # what was in evaluation mode stays there
@@ -200,6 +218,24 @@ def test_the_best_checkpoint_stays(start, data, held, tmp_path, monkeypatch, cap
     stage.run(longer)
     assert [checkpoint.step_of(one) for one in checkpoint.folders(folder)] == [2, 5]
     assert best.read(folder).step == 2
+
+
+def test_a_run_that_is_asked_to_stop_leaves_its_evaluation(start, data, held, questions, tmp_path, monkeypatch):
+    recipe = made_recipe(start, data, tmp_path / "run", evaluate=evaluate_section(held, questions))
+    real = held_out.losses
+
+    def stopping(held, rounds):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(held, rounds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out, "losses", stopping)
+        with pytest.raises(loop.Interrupted, match="after step 3"):
+            stage.run(recipe)
+    assert not rows_of(recipe) and checkpoint.step_of(checkpoint.folders(Path(recipe.run))[-1]) == 3
+    less = made_recipe(start, data, tmp_path / "run", evaluate=evaluate_section(held, questions, every=5, batch=2))
+    stage.run(less)  # what is asked may be another
+    assert list(rows_of(recipe)) == [5, 6]
 
 
 def test_limit_is_partial_and_best_by_a_score(start, data, held, questions, tmp_path):
