@@ -141,6 +141,13 @@ def test_grades_above_ten_are_said(tmp_path):
     assert len(result.remarks["failed"]) == 10 and result.answered == 2
 
 
+@pytest.mark.parametrize("reply", ["inf 5", "5 inf", "nan 5", "-1 -1", "-0.5 4", "8", ""])
+def test_what_is_no_pair_of_grades_scores_nothing(reply):
+    replies = {"0": Reply(text="8 6"), "1": Reply(text=reply)}
+    result = named("llava_bench").reviewed(Place(JUDGE), given_answers()[:2], replies)
+    assert result.scores["ratio"] == 75.0 and result.answered == 1 and len(result.remarks["failed"]) == 1
+
+
 def test_a_refused_judge_scores_nothing(tmp_path, capsys):
     with serving(key="another") as server:
         error = refused("llava_bench", JUDGE, ANSWERS, capsys, "--out", tmp_path, *judging(server))
