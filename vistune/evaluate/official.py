@@ -5,10 +5,8 @@ Knows names and lines, not what any benchmark means by them.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -71,6 +69,7 @@ def place(data: Path, folders: Sequence[str], images: Path | None = None) -> Pla
     """A benchmark's folders in `data`: those of its own names there (`folders`, as LLaVA says), or `data` itself."""
     if not data.is_dir():
         raise ValueError(f"--data {data}: no such folder")
+    data = data.absolute()  # a file that was found stays where it is when it names the folder of its pictures
     own = [data / name for name in folders if (data / name).is_dir()]
     distinct = [one for i, one in enumerate(own) if not any(one.samefile(other) for other in own[:i])]
     return Place(distinct[0] if distinct else data, images, tuple(distinct[1:]))
@@ -120,13 +119,6 @@ def members(path: Path, key: str | None, publisher: str) -> list[dict[str, Any]]
         what = "not a list of objects" if key is None else f"no list of objects under {key!r}"
         raise ValueError(f"{path}: {what}; fetch it again from {publisher}")
     return rows
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table of tab-separated values with a header; a cell may be a picture of megabytes."""
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def answers(path: Path, instead: Sequence[str] = ()) -> tuple[list[Answer], list[str]]:

@@ -105,17 +105,23 @@ def show(found: dict[str, Any]) -> None:
 
 def _title(found: dict[str, Any]) -> str:
     said = f"{found['title']}, protocol {found['protocol']}"
+    done = "answered and judged" if found.get("judge") else "answered"
+    share = f"PARTIAL, {found['answered']:,} of {found['questions']:,} questions {done} ({found['share']:.1%})"
     if not found["scores"]:
-        why = "no judge was asked (--judge URL --judge-model NAME)" if found["judged"] else "no answers are published"
-        return f"{said}: {why}, {found['scored_elsewhere'] or 'the official scorer'} scores it"
+        return f"{said}: {_unscored(found)}" + (f"; {share}" if found["partial"] else "")
     if found["partial"]:
-        done = "answered and judged" if found.get("judge") else "answered"
-        share = f"{found['answered']:,} of {found['questions']:,} questions {done} ({found['share']:.1%})"
-        return f"{said}: PARTIAL, {share}; not the benchmark's score"
+        return f"{said}: {share}; not the benchmark's score"
     if found["subset"]:
         share = f"{found['questions']:,} of the published {found['published_questions']:,} questions"
         return f"{said}: SUBSET, {share}; not the benchmark's score"
     return f"{said}: {found['questions']:,} questions"
+
+
+def _unscored(found: dict[str, Any]) -> str:
+    if found["benchmark"] == "custom":
+        return "no right answers are given"
+    why = "no judge was asked (--judge URL --judge-model NAME)" if found["judged"] else "no answers are published"
+    return f"{why}, {found['scored_elsewhere'] or 'the official scorer'} scores it"
 
 
 def _judge(by: dict[str, Any]) -> str:
@@ -126,10 +132,6 @@ def _judge(by: dict[str, Any]) -> str:
 
 
 def _figure(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float) and abs(value) < 1
-        else f"{value:,.2f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
