@@ -67,6 +67,9 @@ def test_only_questions_that_are_balanced_have_to_be_answered(tmp_path):
     assert len(kept) < len(rows)
     whole, without = (result("gqa", GQA, write_answers(tmp_path / "a.jsonl", these)) for these in (rows, kept))
     assert without.scores == whole.scores and not without.partial and "missing" not in without.remarks
+    given = official.answers(tmp_path / "a.jsonl")[0]
+    [path] = named("gqa").submission(official.place(GQA, ("gqa",)), given, tmp_path / "out")
+    assert len(json.loads(path.read_text())) == len(kept)
 
 
 def test_an_answer_that_is_missing_is_wrong_and_the_score_partial(tmp_path, capsys):
