@@ -31,6 +31,8 @@ MARK = "quickstart.json"
 QUICK = scenes.Sizes(align=320, instruct=320, captions=40, questions=20)
 BATCH = 64
 """Questions answered at once."""
+HELD_OUT = "heldout"
+"""The held-out questions as a benchmark, below the data."""
 LONGEST = 16
 """Tokens of an answer to a question, at most."""
 
@@ -57,7 +59,7 @@ def run(folder: Path | str, *, quick: bool = False, seed: int = 0) -> dict[str, 
     folder = _claim(Path(folder), seed, quick)
     console.say("1/6 draw pictures of real handwritten digits; some scans are held out")
     paths = scenes.write(folder / "data", seed, QUICK if quick else scenes.Sizes())
-    _write_benchmark(folder / "data" / "heldout", paths)
+    _write_benchmark(folder / "data" / HELD_OUT, paths)
     console.say("2/6 assemble a vision part, a fresh connector and a language part")
     _assemble(folder / "stage0", seed)
     console.say("3/6 align: the connector learns from captions, all else is frozen")
@@ -131,16 +133,16 @@ def _assemble(folder: Path, seed: int) -> None:
 
 def _recipe(name: str, folder: Path, start: Path, data: Path, pictures: Path, seed: int) -> recipe.Recipe:
     """`recipes/tiny/<name>.toml` with this run's folders and seed."""
-    return recipe.read(
-        _recipes() / f"{name}.toml",
-        [
-            f"run={folder / name}",
-            f"model.start={start}",
-            f"data.sources.0.path={data}",
-            f"data.sources.0.images={pictures}",
-            f"train.seed={seed}",
-        ],
-    )
+    words = [
+        f"run={folder / name}",
+        f"model.start={start}",
+        f"data.sources.0.path={data}",
+        f"data.sources.0.images={pictures}",
+        f"train.seed={seed}",
+    ]
+    if name == "instruct":
+        words.append(f"evaluate.data={folder / 'data' / HELD_OUT}")
+    return recipe.read(_recipes() / f"{name}.toml", words)
 
 
 def _recipes() -> Path:
@@ -281,5 +283,5 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     )
     console.say(f"asked: {asked['question']}  answer: {asked['answer']}  ({asked['image']})")
     console.say(f"ask it yourself: vistune chat {summary['model']} --image {asked['image']}")
-    heldout = folder / "data" / "heldout"
-    console.say(f"score it again: vistune evaluate {summary['model']} --benchmark custom --data {heldout}")
+    asked_again = f"--benchmark custom --data {folder / 'data' / HELD_OUT}"
+    console.say(f"score it again: vistune evaluate {summary['model']} {asked_again}")
