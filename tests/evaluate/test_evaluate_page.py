@@ -15,6 +15,16 @@ from vistune.evaluate.items import Question, Result, item
 from vistune.evaluate.published import PUBLISHED
 from vistune.samples import Image
 
+JUDGE = {
+    "model": "judge-7",
+    "url": "http://127.0.0.1:9/v1",
+    "answered_as": ["judge-7-0613"],
+    "first": "2026-11-20",
+    "last": "2026-11-21",
+    "replies": 8,
+    "cached": 2,
+    "failed": 1,
+}
 EVIL = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&amp;{{ 7 * 7 }}"
 
 
@@ -38,6 +48,7 @@ def about(result: Result, **more: Any) -> dict[str, Any]:
         "remarks": result.remarks,
         "submission": [],
         "scored_elsewhere": "",
+        "judged": False,
     } | more
 
 
@@ -78,11 +89,11 @@ def alone(text: str) -> Page:
 
 def test_figures_with_what_they_depend_on(tmp_path: Path) -> None:
     tables = {"by category": [{"category": "random", "f1": 88.25, "questions": 4}]}
-    read = written(tmp_path, made_items(), tables=tables, judge={"model": "judge-7", "url": "http://127.0.0.1:9/v1"})
+    read = written(tmp_path, made_items(), tables=tables, judge=JUDGE)
     (tile,) = [text for tag, known, text in read.texts if tag == "a" and "tile" in known.get("class", "")]
     assert "POPE" in tile and "61.2" in tile
     seen = " ".join(read.of("facts") + read.of("about"))
-    for said in ("bf16", "llava-official", "judge-7", "2026-11-21", "2 answers whose two best tokens"):
+    for said in ("bf16", "llava-official", "judge-7-0613", "2026-11-21", "1 failed", "2 answers whose two best tokens"):
         assert said in seen, said
     assert str(PUBLISHED["pope"][0]) in read.of("overview")[0] and "published" in read.of("overview")[0]
     widths = [known["style"] for tag, known in read.tags if tag == "i" and known.get("style", "").startswith("width")]
@@ -94,7 +105,11 @@ def test_figures_with_what_they_depend_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "word", "share"),
     [
-        ({"partial": True, "score": None, "answered": 5, "share": 5 / 8}, "partial", "5 of 8 questions (62.5%)"),
+        (
+            {"partial": True, "score": None, "answered": 5, "share": 5 / 8},
+            "partial",
+            "5 of 8 questions answered (62.5%)",
+        ),
         ({"subset": True, "published_questions": 8910}, "subset", "8 of the published 8,910 questions"),
     ],
 )
@@ -112,7 +127,7 @@ def test_no_score_where_none_is_published(tmp_path: Path) -> None:
     read = written(
         tmp_path, made_items(), scores={}, score=None, scored_elsewhere="EvalAI", submission=["up/load.json"]
     )
-    assert read.of("b")[0] == "–" and "scored by EvalAI" in read.of("about")[1]
+    assert read.of("b")[0] == "–" and "no answers are published, EvalAI scores it" in read.of("about")[1]
     assert "for EvalAI: up/load.json" in read.of("odd")[0]
 
 

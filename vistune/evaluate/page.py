@@ -12,6 +12,7 @@ from typing import Any
 
 from vistune import pages
 from vistune.evaluate.published import PUBLISHED
+from vistune.evaluate.score import judge_in_words, unscored
 from vistune.images import ImageError, open_image
 from vistune.pages.words import count, figure
 from vistune.samples import Image
@@ -65,6 +66,7 @@ class Section:
     counts: dict[str, int]
     remarks: list[tuple[str, int, list[str]]]
     published: tuple[float, float] | None
+    judge: str = ""
 
     @property
     def categories(self) -> list[str]:
@@ -103,6 +105,7 @@ def section(
         counts={kind: kinds.count(kind) for kind in ("wrong", "right", "judged", "unanswered") if kind in kinds},
         remarks=[(kind, len(names), list(names[:REMARKS])) for kind, names in about.get("remarks", {}).items()],
         published=PUBLISHED.get(name),
+        judge=judge_in_words(about["judge"]) if about.get("judge") else "",
     )
 
 
@@ -139,9 +142,10 @@ def spread(items: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, A
 def _verdict(about: Mapping[str, Any]) -> tuple[str, str, str]:
     """What kind of figure it is, in words what it is of, and the figure (what is no score of the benchmark is none)."""
     value = about.get("scores", {}).get(about.get("headline"))
-    share = f"{count(about['answered'])} of {count(about['questions'])} questions ({about['share']:.1%})"
+    done = "answered and judged" if about.get("judge") else "answered"
+    share = f"{count(about['answered'])} of {count(about['questions'])} questions {done} ({about['share']:.1%})"
     if value is None:
-        return "elsewhere", f"scored by {about.get('scored_elsewhere') or 'a judge or the official scorer'}", "–"
+        return "elsewhere", unscored(dict(about)) + (f"; {share}" if about["partial"] else ""), "–"
     if about["partial"]:
         return "partial", f"{_points(value)} over {share}: not the benchmark's score", "partial"
     if about.get("subset"):
@@ -151,7 +155,7 @@ def _verdict(about: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _points(value: float) -> str:
-    return f"{value:,.1f}" if abs(value) >= 1 else f"{value:.3f}"
+    return f"{value:,.1f}" if abs(value) >= 1 or not value else f"{value:.3f}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
@@ -188,7 +192,7 @@ def _picture(image: Image) -> tuple[str, str]:
 
 def _details(item: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """How the answer was read and what was said about it, beside what every item has."""
-    if isinstance(score := item.get("score"), int | float) and not isinstance(score, bool):
+    if isinstance(score := item.get("score"), int | float) and float(score) != item.get("correct"):
         yield "score", figure(score), False
     for key, value in item.items():
         if key in _KNOWN + _QUIET or value is None or isinstance(value, bool | Mapping):
@@ -201,23 +205,19 @@ def _details(item: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
 
 def _facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the figures depend on beside the model."""
-    judges = {one["judge"]["model"]: one["judge"].get("url", "") for one in _with_judge(found)}
+    judges = dict.fromkeys(one["judge"]["model"] for one in found["benchmarks"].values() if one.get("judge"))
     facts = [
         ("precision", found.get("precision")),
         ("quantised", found.get("quantize")),
         ("template", found.get("template")),
         ("questions at once", found.get("batch")),
         ("processes", found.get("processes")),
-        ("judge", ", ".join(f"{model} at {url}" if url else model for model, url in judges.items())),
+        ("judge", ", ".join(judges)),
         ("answers a second", figure(found.get("answers_per_s"), 3) if found.get("answers_per_s") else ""),
         ("near ties", _ties(found)),
         ("weights", str(found.get("weights") or "")[:16]),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
-
-
-def _with_judge(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [one for one in found["benchmarks"].values() if one.get("judge")]
 
 
 def _ties(found: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def show(found: dict[str, Any]) -> None:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         console.warn(f"{found['title']}: {len(names)} {kind}: {', '.join(names[:SHOWN])}{more}")
     if by := found.get("judge"):
-        console.say(_judge(by))
+        console.say(judge_in_words(by))
     for path in found["submission"]:
         console.say(f"for {found['scored_elsewhere'] or 'the official scorer'}: {path}")
 
@@ -108,7 +108,7 @@ def _title(found: dict[str, Any]) -> str:
     done = "answered and judged" if found.get("judge") else "answered"
     share = f"PARTIAL, {found['answered']:,} of {found['questions']:,} questions {done} ({found['share']:.1%})"
     if not found["scores"]:
-        return f"{said}: {_unscored(found)}" + (f"; {share}" if found["partial"] else "")
+        return f"{said}: {unscored(found)}" + (f"; {share}" if found["partial"] else "")
     if found["partial"]:
         return f"{said}: {share}; not the benchmark's score"
     if found["subset"]:
@@ -117,14 +117,16 @@ def _title(found: dict[str, Any]) -> str:
     return f"{said}: {found['questions']:,} questions"
 
 
-def _unscored(found: dict[str, Any]) -> str:
+def unscored(found: dict[str, Any]) -> str:
+    """Why a result has no scores."""
     if found["benchmark"] == "custom":
         return "no right answers are given"
     why = "no judge was asked (--judge URL --judge-model NAME)" if found["judged"] else "no answers are published"
     return f"{why}, {found['scored_elsewhere'] or 'the official scorer'} scores it"
 
 
-def _judge(by: dict[str, Any]) -> str:
+def judge_in_words(by: dict[str, Any]) -> str:
+    """Who judged, when, and how many replies there were (`judge.told`)."""
     who = ", ".join(by["answered_as"]) or "an unnamed model"
     when = by["first"] if by["first"] == by["last"] else f"{by['first']} to {by['last']}"
     counts = f"{by['replies']:,} replies, {by['cached']:,} of them kept from before, {by['failed']:,} failed"
