@@ -60,10 +60,13 @@ def test_the_command_says_the_same(case, capsys):
     assert list(found["remarks"]) == (["missing"] if "truncated" in case else [])
 
 
-def test_answers_out_of_order_are_held_against_others_labels_and_named(tmp_path, capsys):
+@pytest.mark.parametrize("prompts", [True, False], ids=["with prompts", "without"])
+def test_answers_out_of_order_are_held_against_others_labels_and_named(prompts, tmp_path, capsys):
     rows = lines(POPE / "answers.jsonl")
     first, second = [row for row in rows if row["question_id"] in (1, 2)]
     swapped = [second, first, *(row for row in rows if row["question_id"] not in (1, 2))]
+    if not prompts:
+        swapped = [{"question_id": row["question_id"], "text": row["text"]} for row in swapped]
     found = said("pope", POPE, write_answers(tmp_path / "a.jsonl", swapped), capsys)
     assert sorted(found["remarks"][AGAINST]) == ["1", "2"]
     labels = [row["label"] for row in lines(POPE / "coco" / "coco_pope_adversarial.json")]
@@ -75,6 +78,11 @@ def test_prompts_that_are_in_another_order_than_ids_are_named(tmp_path, capsys):
     rows[0], rows[1] = {**rows[0], "prompt": rows[1]["prompt"]}, {**rows[1], "prompt": rows[0]["prompt"]}
     found = said("pope", POPE, write_answers(tmp_path / "a.jsonl", rows), capsys)
     assert found["remarks"][AGAINST] == ["1", "2"]
+
+
+def test_prompts_in_other_words_are_nobodys(tmp_path, capsys):
+    rows = [{**row, "prompt": f"Yes or no: {row['prompt']}"} for row in lines(POPE / "answers.jsonl")]
+    assert not said("pope", POPE, write_answers(tmp_path / "a.jsonl", rows), capsys)["remarks"]
 
 
 def test_some_questions_of_an_evaluation_are_held_against_their_own_labels():

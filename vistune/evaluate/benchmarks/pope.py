@@ -103,13 +103,13 @@ def _items(
     pairs: Sequence[tuple[Asked, Answer]], labels: Sequence[dict[str, Any]], remarks: dict[str, list[str]]
 ) -> list[dict[str, Any]]:
     """One item for each answer of a category, in their order; those beyond the last label have none."""
-    found = []
+    found, texts = [], {asked.question.text for asked, _ in pairs}
     for place, (asked, answer) in enumerate(pairs):
         written = answer.row.get("label_number")
         number = written if isinstance(written, int) else place + 1
         row = labels[number - 1] if 0 < number <= len(labels) else {}
         label = ("no" if row["label"] == "no" else "yes") if row else None
-        if number != asked.number or (answer.prompt and row.get("text", "") not in answer.prompt):
+        if number != asked.number or (answer.prompt in texts and answer.prompt != asked.question.text):
             remarks["held against the label of another question"].append(str(answer.id))
         parsed = yes_or_no(answer.text)
         correct = None if label is None else parsed == label
