@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from tests.each_family import each_family, folders_in
-from vistune import decoding
-from vistune.decoding import PATIENCE, Settings, decode, marked, prompt, stop_ids
+from vistune import asking, decoding
+from vistune.decoding import PATIENCE, Prompt, Settings, decode, marked, prompt, stop_ids
 from vistune.evaluate.answering import Local, Said, is_near_tie
 from vistune.evaluate.items import Question
 from vistune.generate import Chat
@@ -97,3 +100,82 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_do_not_notice(name,
     for one, other in zip(together, alone, strict=True):
         if not is_near_tie(other.margin):
             assert one.ids == other.ids
+
+
+def test_a_picture_asked_about_again_is_read_once_and_the_next_ones_ahead_of_the_model(model, pictures, monkeypatch):
+    loaded, read, decoded = model("llava"), [], []
+    shown, decode = asking.shown, asking.decode
+    monkeypatch.setattr(asking, "shown", lambda loaded, one: (read.append(one.path), shown(loaded, one))[1])
+
+    def counting(loaded, prompts, given):
+        decoded.append((len(prompts), len(read)))
+        return decode(loaded, prompts, given)
+
+    monkeypatch.setattr(asking, "decode", counting)
+    monkeypatch.setattr(asking, "AHEAD", 1)
+    asked = [(f"How many {'x' * (i // 4)}?", [pictures[i % 4]]) for i in range(16)]
+    answers = list(asking.answers(loaded, asked, 2, 4))
+    assert sorted(at for at, _ in answers) == list(range(16)) and len(read) == 4
+    assert [size for size, _ in decoded] == [4, 4, 4, 4]
+    monkeypatch.setattr(asking, "HELD", 0)
+    monkeypatch.setattr(asking, "THREADS", 1)
+    read.clear()
+    list(asking.answers(loaded, asked, 2, 4))
+    assert 4 < len(read) <= 16  # nothing is remembered beyond what waits
+
+
+def test_long_questions_first_and_in_windows(model, monkeypatch):
+    loaded, lengths = model("llava"), []
+    decode = asking.decode
+
+    def watching(loaded, prompts, given):
+        lengths.append([len(one.ids) for one in prompts])
+        return decode(loaded, prompts, given)
+
+    monkeypatch.setattr(asking, "decode", watching)
+    monkeypatch.setattr(asking, "WINDOW", 6)
+    asked = [("word " * (i * 5 % 11 + 1), []) for i in range(11)]
+    assert sorted(at for at, _ in asking.answers(loaded, asked, 1, 2)) == list(range(11))
+    assert [len(batch) for batch in lengths] == [2, 2, 2, 2, 2, 1]
+    for window in (lengths[:3], lengths[3:]):
+        flat = [length for batch in window for length in batch]
+        assert flat == sorted(flat, reverse=True)
+
+
+@each_family
+def test_a_question_that_cannot_be_asked_is_named_and_the_others_are(name, model, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(pictures[0].path).read_bytes()[:60])
+    asked = [
+        Question(id=0, text="This?", images=(Image(path=str(broken)),)),
+        Question(id=1, text="This?", images=(pictures[0],)),
+        Question(id=2, text="<image> and <image>?", images=(pictures[0],)),
+        Question(id=3, text="This?", images=(Image(path=str(tmp_path / "none.png")),)),
+    ]
+    found = told(model(name), asked, 4, 3)
+    assert "broken.png" in found[0].error and "1 images for 2" in found[2].error and "none.png" in found[3].error
+    assert found[1].text == told(model(name), asked[1:2], 1, 3)[0].text and not found[1].error
+    assert found[1].tokens and found[1].margin is not None and found[0].margin is None
+
+
+def test_a_question_too_large_for_the_memory_is_said(model, monkeypatch):
+    def full(loaded, prompts, given):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(asking, "decode", full)
+    with pytest.raises(ValueError, match="out of memory over one question of"):
+        list(asking.answers(model("llava"), [("a", []), ("b", [])], 2, 2))
+
+
+def test_margins_are_the_gap_between_the_two_best(model, pictures):
+    loaded = model("llava")
+    made = prompt(loaded, [Message(role="user", text=marked("How many?", pictures[:1]))], pictures[:1])
+    new = decode(loaded, [made], Settings(max_new_tokens=3))[0]
+    gaps = []
+    for length in range(len(new.ids)):
+        longer = Prompt([*made.ids, *new.ids[:length]], made.pixels, made.grids)
+        with torch.no_grad():
+            best = loaded.model(**decoding.together(loaded, [longer])).logits[0, -1].topk(2)
+        assert best.indices[0] == new.ids[length]
+        gaps.append((best.values[0] - best.values[1]).item())
+    assert new.margin == pytest.approx(min(gaps), abs=1e-4)

@@ -127,6 +127,16 @@ def test_answers_of_something_else_are_not_gone_on_with(once, model, data, tmp_p
         moved.rename(model)
 
 
+def test_what_was_scored_before_stays_on_the_page(model, data, tmp_path):
+    first = evaluate(model, ["pope"], data, tmp_path, settings(max_new_tokens=4))
+    both = evaluate(model, ["custom"], data, tmp_path, settings(max_new_tokens=4))
+    assert list(both["benchmarks"]) == ["custom", "pope"] and both["answers"] == 6
+    assert both["benchmarks"]["pope"] == first["benchmarks"]["pope"]
+    assert json.loads((tmp_path / "scores.json").read_text()) == both
+    other = evaluate(model, ["mme"], data, tmp_path, settings(max_new_tokens=4, precision="bf16"))
+    assert list(other["benchmarks"]) == ["mme"]  # asked in another way: not to be shown side by side
+
+
 def test_a_limit_is_spread_and_marks_the_score_partial(model, data, tmp_path):
     found = evaluate(model, ["pope"], data, tmp_path, settings(limit=4))["benchmarks"]["pope"]
     assert [row["question_id"] for row in rows(tmp_path, "pope")] == asked_in(data)[::3]

@@ -17,11 +17,11 @@ from typing import Any
 from vistune import __version__, console, ranks
 from vistune.evaluate import official, page, score
 from vistune.evaluate.answering import Answerer, Local, is_near_tie
-from vistune.evaluate.benchmarks import Benchmark, named
+from vistune.evaluate.benchmarks import Benchmark, benchmarks, named
 from vistune.evaluate.items import Question, item
 from vistune.evaluate.official import Place
 from vistune.evaluate.subject import Settings, Subject, default_out, everywhere, from_first
-from vistune.evaluate.written import Written, questions_hash, replace
+from vistune.evaluate.written import ASKED, Written, questions_hash, replace
 from vistune.samples import Image
 
 ALONE = 16
@@ -65,8 +65,7 @@ def evaluate(
         items[one.name] = scored.pop("items")
         found["benchmarks"][one.name] = scored
         _add(found, told)
-    ranks.on_first(lambda: _finish(out, found, items, sets))
-    return found
+    return from_first(partial(_finish, out, found, items, sets, subject, Path(data)))
 
 
 def _check(settings: Settings, names: Sequence[str]) -> None:
@@ -256,12 +255,25 @@ def _add(found: dict[str, Any], told: Told) -> None:
     found["seconds"] += told.seconds
     found["answers"] += told.made
     found["answers_per_s"] = found["answers"] / found["seconds"] if found["seconds"] else 0.0
+
+
+def _finish(
+    out: Path,
+    found: dict[str, Any],
+    items: dict[str, list[dict[str, Any]]],
+    sets: Sequence[Set],
+    subject: Subject,
+    data: Path,
+) -> dict[str, Any]:
+    """All of `out` in one file and on one page: what was asked now, and of this model before."""
+    questions = {one.name: one.questions for one in sets}
+    for name in _earlier(out, subject, list(questions)):
+        found["benchmarks"][name] = json.loads((out / name / "scores.json").read_text(encoding="utf-8"))
+        lines = (out / name / "items.jsonl").read_text(encoding="utf-8").splitlines()
+        items[name], questions[name] = [json.loads(line) for line in lines], _asked_before(name, data, subject)
     found["near_ties"] = sum(one["near_ties"] for one in found["benchmarks"].values())
-
-
-def _finish(out: Path, found: dict[str, Any], items: dict[str, list[dict[str, Any]]], sets: Sequence[Set]) -> None:
     pictures: dict[str, dict[str, list[Image]]] = {
-        one.name: {str(question.id): list(question.images) for question in one.questions} for one in sets
+        name: {str(question.id): list(question.images) for question in some} for name, some in questions.items()
     }
     _json(out / "scores.json", found)
     written = page.write(out, found, items, pictures)
@@ -273,6 +285,30 @@ def _finish(out: Path, found: dict[str, Any], items: dict[str, list[dict[str, An
     speed = f"{found['answers']:,} answers in {found['seconds']:.0f} s ({found['answers_per_s']:.2f} a second)"
     ties = f", {found['near_ties']:,} near ties" if found["near_ties"] else ""
     console.say(f"{speed}{ties}; scores: {out / 'scores.json'}, page: {written}")
+    return found
+
+
+def _earlier(out: Path, subject: Subject, now: Sequence[str]) -> list[str]:
+    """Benchmarks that this model, asked in this way, was scored on before, in the same folder."""
+    found = []
+    for note in sorted(out.glob(f"*/{ASKED}")):
+        name = note.parent.name
+        whole = all((note.parent / file).is_file() for file in ("scores.json", "items.jsonl"))
+        if name in benchmarks() and name not in now and whole:
+            asked = json.loads(note.read_text(encoding="utf-8"))
+            if all(asked.get(key) == value for key, value in subject.identity.items() if key != "model"):
+                found.append(name)
+    return found
+
+
+def _asked_before(name: str, data: Path, subject: Subject) -> list[Question]:
+    """The questions of an earlier evaluation, for their pictures; none where their files lie elsewhere."""
+    benchmark = benchmarks()[name]
+    try:
+        return benchmark.questions(official.place(data, benchmark.folders, subject.settings.images))
+    except ValueError as error:
+        console.warn(f"{benchmark.title}: the page shows no pictures of it: {error}")
+        return []
 
 
 def _quoted(found: dict[str, Any]) -> str:
