@@ -244,10 +244,34 @@ def test_folders_that_llava_calls_differently_are_one(data, tmp_path) -> None:
     assert questions("mmvet", tmp_path) == questions("mmvet", mmvet)
 
 
-def questions(name: str, data: Path) -> dict[tuple[str, str], list[bytes]]:
+PICTURES = {
+    "vqav2": "val2014",
+    "gqa": "data/images",
+    "vizwiz": "val",
+    "scienceqa": "images/test",
+    "textvqa": "train_images",
+    "pope": "val2014",
+    "mme": "MME_Benchmark_release_version",
+    "seed": ".",
+    "llava_bench": "images",
+    "mmvet": "images",
+    "custom": "images",
+}
+"""What LLaVA's scripts give as --image-folder, below each benchmark's folder."""
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_may_lie_elsewhere(name: str, data, tmp_path) -> None:
+    folder = data[1][name].folder
+    elsewhere = shutil.copytree(folder / PICTURES[name], tmp_path / "elsewhere")
+    without = shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("*.jpg", "*.png"))
+    assert questions(name, without, elsewhere) == questions(name, folder)
+
+
+def questions(name: str, data: Path, images: Path | None = None) -> dict[tuple[str, str], list[bytes]]:
     """What is asked, and the pictures' bytes."""
     benchmark = named(name)
-    asked = benchmark.questions(official.place(data, benchmark.folders))
+    asked = benchmark.questions(official.place(data, benchmark.folders, images))
     return {one.key: [image.data or Path(image.path).read_bytes() for image in one.images] for one in asked}
 
 
