@@ -21,7 +21,7 @@ LONGEST = 1024
 """New tokens where a task names no number, as LLaVA's scripts for long answers."""
 INJECTED = ["\n\n"]
 """What lmms-eval puts into `until` where a task says nothing. LLaVA's scripts have no such stop, so this very list is
-dropped; a task that does mean it is given the text up to its first empty line by no other adapter either."""
+dropped; a task that means it says it in another form, "\\n\\n" without the list."""
 KNOWN = {"max_new_tokens", "temperature", "top_p", "do_sample", "until", "num_beams"}
 VIDEO = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif"}
 PLAIN = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
