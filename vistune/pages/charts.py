@@ -184,7 +184,8 @@ def linear(low: float, high: float, most: int = 5, *, tight: bool = False) -> Ax
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = (low * 0.5, low * 1.5) if low > 0 else (low * 1.5, low * 0.5) if low < 0 else (0.0, 1.0)
     step = _step((high - low) / most)
-    digits = max(4, math.floor(math.log10(max(abs(low), abs(high)) / step)) + 2)
+    largest = max(abs(low), abs(high))
+    digits = max(4, math.floor(math.log10(largest / step)) + 3)
     first, last = (math.ceil, math.floor) if tight else (math.floor, math.ceil)
     slack = -1e-9 if tight else 1e-9  # a value on a tick stays there
     ticks = np.arange(first(low / step + slack), last(high / step - slack) + 1) * step
@@ -192,8 +193,9 @@ def linear(low: float, high: float, most: int = 5, *, tight: bool = False) -> Ax
         ticks = ticks[ticks == ticks.round()] if high - low >= 2 else ticks
     else:
         low, high = min(low, float(ticks[0])), max(high, float(ticks[-1]))
+    places = [round(100 * (at - low) / (high - low), 3) for at in ticks.tolist()]
     return Axis(
-        low, high, [(round(100 * (float(at) - low) / (high - low), 3), short(float(at), high, digits)) for at in ticks]
+        low, high, [(at, short(tick, largest, digits)) for at, tick in zip(places, ticks.tolist(), strict=True)]
     )
 
 

@@ -16,9 +16,9 @@ def figure(value: Any, digits: int = 4) -> str:
         return str(value)
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}"
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
+    if value and (abs(value) < 1e-4 or abs(value) >= 1e9):
         return _exponent(f"{value:.{max(1, digits - 2)}e}")
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    whole = math.floor(math.log10(abs(value))) + 1 if value else 1
     text = f"{value:,.{max(1 if abs(value) < 1e5 else 0, digits - whole)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -40,8 +40,8 @@ def short(value: float, largest: float = 0.0, digits: int = 4) -> str:
         if max(abs(value), largest) >= least:
             return f"{value / unit:.{digits}g}{name}" if value else "0"
     if value and abs(value) < 1e-4:
-        return _exponent(f"{value:.2e}")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+        return _exponent(f"{value:.{digits - 1}e}")
+    return f"{value:,.{digits}g}"
 
 
 def size(value: float) -> str:
