@@ -80,6 +80,14 @@ def test_what_passes_is_tried_again_and_what_one_question_causes_is_its_own(pict
         assert "without text" in said(Remote(server.url), questions[:1])[0].error
 
 
+def test_a_server_that_has_another_word_for_the_longest_answer():
+    with serving(error={"message": "use max_completion_tokens"}) as server:
+        server.reply = lambda messages: 400 if "max_tokens" in server.requests[-1] else "fine"
+        found = said(Remote(server.url, batch=1), [Question(id=i, text="?") for i in range(3)])
+        assert [one.text for one in found.values()] == ["fine"] * 3
+        assert server.completions == 4 and server.requests[-1]["max_completion_tokens"] == 5
+
+
 def test_a_server_that_is_not_there_or_refuses_is_one_sentence(monkeypatch):
     question = [Question(id=1, text="?")]
     with serving(key="secret") as server:

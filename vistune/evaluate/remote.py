@@ -14,7 +14,7 @@ from typing import Any
 from vistune import files, images
 from vistune.asking import Said
 from vistune.decoding import marked
-from vistune.evaluate.client import open_client, reason
+from vistune.evaluate.client import Completer, open_client, reason
 from vistune.evaluate.items import Question
 from vistune.samples import IMAGE_MARK, Image
 
@@ -36,6 +36,7 @@ class Remote:
 
     def __init__(self, url: str, served: str = "", key: str = "OPENAI_API_KEY", batch: int = 16):
         self.url, self.batch, self.client = url, batch, open_client(url, key)
+        self.complete = Completer(self.client)
         self.name = served or self._first()
 
     def _first(self) -> str:
@@ -71,12 +72,7 @@ class Remote:
         except ValueError as error:
             return Said(error=str(error))
         try:
-            reply = self.client.chat.completions.create(
-                model=self.name,
-                messages=[{"role": "user", "content": content}],
-                temperature=0,
-                max_tokens=max_new_tokens,
-            )
+            reply = self.complete(self.name, [{"role": "user", "content": content}], 0, max_new_tokens)
         except Exception as error:
             if getattr(error, "status_code", None) in _TRYABLE:
                 return Said(error=f"{self.url}: {_told(error)}")
