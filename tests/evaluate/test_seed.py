@@ -106,6 +106,12 @@ def test_two_questions_of_one_id_share_its_answer(tmp_path):
     assert [row["prediction"] for row in lines(path)] == ["C", "C"]
 
 
+def test_an_upload_has_the_ids_as_they_stand_in_the_questions(tmp_path):
+    place = made(tmp_path, {"question_id": 7}, {"question_id": "v8"})
+    [path] = named("seed").submission(place, [answer("v8", "B"), answer("7", "A")], tmp_path / "out")
+    assert lines(path) == [{"question_id": 7, "prediction": "A"}, {"question_id": "v8", "prediction": "B"}]
+
+
 def test_questions_are_llavas_and_the_same_without_its_file(tmp_path):
     benchmark = named("seed-bench")
     asked = benchmark.questions(official.place(SEED, benchmark.folders))
