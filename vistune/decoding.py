@@ -148,9 +148,9 @@ def _generate(
     model: Any = loaded.model
     greedy = settings.temperature <= 0
     ends = {"eos_token_id": None} if stop.endless else {}
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    how: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     if not greedy:
-        how = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        how |= {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     with nullcontext() if greedy else _drawn(settings.seed):
         return model.generate(
             **given,
