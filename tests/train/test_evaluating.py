@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_a_run_that_stopped_before_its_evaluation_makes_it_up(
 
 def test_the_best_checkpoint_stays(start, data, held, tmp_path, monkeypatch, capsys):
     """Also off the steps of [checkpoint], beside the newest, and after a run was taken up again."""
-    values = iter([3.0, 1.0, 2.0, float("nan"), 1.5])
+    values = iter([3.0, 1.0, 2.0, float("nan"), 1.5, 0.5])
     monkeypatch.setattr(held_out, "losses", lambda held, rounds: {"a": (next(values), 1)})
     asked = evaluate_section(held, tmp_path, every=1, benchmarks=[], data="")
     sections = {"checkpoint": {"every": 4, "keep": 1}, "optimizer": {"schedule": "constant"}}
@@ -214,10 +215,29 @@ def test_the_best_checkpoint_stays(start, data, held, tmp_path, monkeypatch, cap
     assert known == {"step": 2, "by": "held_out_loss", "value": 1.0, "checkpoint": summary["best"]["checkpoint"]}
     assert "vistune merge" in capsys.readouterr().out
     assert load(known["checkpoint"]).model is not None
-    longer = made_recipe(start, data, folder, evaluate=asked, train={"steps": 5}, **sections)
-    stage.run(longer)
-    assert [checkpoint.step_of(one) for one in checkpoint.folders(folder)] == [2, 5]
-    assert best.read(folder).step == 2
+    for steps, known, kept in ((5, 2, [2, 5]), (6, 6, [6])):
+        stage.run(made_recipe(start, data, folder, evaluate=asked, train={"steps": steps}, **sections))
+        assert [checkpoint.step_of(one) for one in checkpoint.folders(folder)] == kept
+        assert best.read(folder).step == known
+
+
+def test_a_run_that_stopped_before_it_named_the_best_names_it(start, data, held, tmp_path, monkeypatch):
+    values = iter([1.0, 2.0])
+    monkeypatch.setattr(held_out, "losses", lambda held, rounds: {"a": (next(values), 1)})
+    asked = evaluate_section(held, tmp_path, every=1, benchmarks=[], data="")
+    sections = {"train": {"steps": 2}, "checkpoint": {"every": 1}}
+    recipe = made_recipe(start, data, tmp_path / "run", evaluate=asked, **sections)
+
+    def lost(run, *what):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "write", lost)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(recipe)
+    assert list(rows_of(recipe)) == [1]
+    stage.run(recipe)
+    assert (best.read(Path(recipe.run)).step, list(rows_of(recipe))) == (1, [1, 2])
 
 
 def test_a_run_that_is_asked_to_stop_leaves_its_evaluation(start, data, held, questions, tmp_path, monkeypatch):
@@ -238,11 +258,29 @@ def test_a_run_that_is_asked_to_stop_leaves_its_evaluation(start, data, held, qu
     assert list(rows_of(recipe)) == [5, 6]
 
 
-def test_limit_is_partial_and_best_by_a_score(start, data, held, questions, tmp_path):
+@dataclass
+class Hears:
+    """A tracker that keeps what it is told."""
+
+    heard: list
+
+    def start(self, run, recipe): ...
+
+    def step(self, row):
+        self.heard.append(metrics.numbers(row))
+
+    def stop(self): ...
+
+
+def test_limit_is_partial_and_best_by_a_score(start, data, held, questions, tmp_path, monkeypatch):
     asked = evaluate_section(held, questions, every=0, held_out=[], limit=5, samples=2, best="custom.contains")
-    recipe = made_recipe(start, data, tmp_path / "run", evaluate=asked, train={"steps": 2})
+    recipe = made_recipe(start, data, tmp_path / "run", evaluate=asked, train={"steps": 2}, log={"trackers": ["wandb"]})
+    heard = []
+    monkeypatch.setitem(metrics.TRACKERS, "wandb", lambda: Hears(heard))
     stage.run(recipe)
     row = rows_of(recipe)[2]
+    assert [one["evaluate/custom"] for one in heard if "evaluate/custom" in one] == [row["headline"]["custom"]]
+    assert len(heard) == 3
     assert row["partial"]["custom"] == pytest.approx(5 / 8) and len(row["samples"]) == 2
     assert row["held_out_loss"] is None
     assert best.read(Path(recipe.run)).by == "custom.contains"

@@ -18,7 +18,7 @@ from vistune.evaluate.answering import Said
 from vistune.models.load import Loaded
 from vistune.recipe import Evaluate, Recipe
 from vistune.train.keeping import best, checkpoint
-from vistune.train.keeping.saving import Saver
+from vistune.train.keeping.saving import Saver, prune
 from vistune.train.loop import Loop, State
 from vistune.train.measuring import benchmarks, held_out
 from vistune.train.measuring.answers import answers
@@ -95,9 +95,15 @@ class Evaluator:
 
     def make_up(self) -> None:
         """The evaluation of the step that the run was taken up at, where it stopped before that was done."""
-        step = self.loop.state.step
-        if self.due(step) and not ranks.from_first(step in read_rows(self.run) if ranks.is_first() else None):
-            self.evaluate(self.loop.state)
+        state = self.loop.state
+        if not self.due(state.step):
+            return
+        row = ranks.from_first(read_rows(self.run).get(state.step) if ranks.is_first() else None)
+        if row is None:
+            self.evaluate(state)
+        elif self.asked.by and best.is_better(self.asked.by, value := value_of(row, self.asked.by), self.best):
+            assert value is not None
+            self._keep(state, value)  # it stopped between the row and the checkpoint's name
 
     def evaluate(self, state: State) -> None:
         """Measure, write it down, and keep the checkpoint of this step if it is the best so far."""
@@ -164,13 +170,18 @@ class Evaluator:
     def _keep(self, state: State, value: float) -> None:
         """The checkpoint of this step is the best: written if it is not there, and named when it is whole."""
         folder = checkpoint.folder_of(self.run, state.step)
-        name = partial(best.write, self.run, state.step, self.asked.by, value)
+        name = partial(self._name, state.step, value)
         self.best = best.Best(state.step, self.asked.by, value, str(folder))
         self.saver.wait()
         if ranks.from_first(checkpoint.is_whole(folder)):
             ranks.on_first(name)
         else:
             self.save(state, name)
+
+    def _name(self, step: int, value: float) -> None:
+        """On rank 0: the checkpoint that stands is the best, and the one that was need not stay."""
+        best.write(self.run, step, self.asked.by, value)
+        prune(self.run, self.rounds.recipe.checkpoint.keep)
 
 
 def read_rows(run: Path) -> dict[int, Row]:

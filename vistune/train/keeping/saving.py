@@ -184,10 +184,15 @@ class _Writer(dcp.FileSystemWriter):
         _sync(self.target.parent)
         if self.then is not None:
             self.then()
-        known = best.read(self.run)
-        for old in checkpoint.folders(self.run)[: -self.keep]:
-            if known is None or old != known.folder(self.run):
-                remove(old)
+        prune(self.run, self.keep)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Leave the newest `keep` checkpoints and the best."""
+    known = best.read(run)
+    for old in checkpoint.folders(run)[:-keep]:
+        if known is None or old != known.folder(run):
+            remove(old)
 
 
 def remove(folder: Path) -> None:
