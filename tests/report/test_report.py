@@ -323,3 +323,19 @@ def test_runs_of_one_name_are_told_apart_and_none_comes_twice(tmp_path: Path) ->
     assert [one["name"] for one in found["runs"]] == [str(first), str(second)]
     with pytest.raises(ValueError, match="the same run twice"):
         page.write([first, first])
+
+
+def test_a_run_of_another_version_and_rows_with_less_in_them(tmp_path: Path) -> None:
+    """What this version does not know is shown as it stands; what is not there is left out."""
+    run = made_run(tmp_path / "mine", steps=3)
+    (run / "recipe.toml").write_text(
+        'name = "newer"\nfuture = 1\n[learn]\nconnector = 1e-3\n[[data.sources]]\npath = "a"\n'
+    )
+    lines(run / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": "nan"}])
+    nothing = dict.fromkeys(("held_out_loss", "held_out", "scores", "headline", "partial", "samples"))
+    lines(run / "evaluations.jsonl", [{"step": 2, **nothing}, {"step": 3}])
+    (run / "environment.json").write_text('{"vistune": "9"')
+    read, found = written(run)
+    assert read.of("h1") == ["newer"] and found["runs"][0]["first_loss"] == 2.0 and found["runs"][0]["step"] == 3
+    assert drawn(read, "Loss")[0]["y"] == [2.0, None, None] and "connector" in read.of("key")
+    written(run, made_run(tmp_path / "other"), out=tmp_path / "both.html")

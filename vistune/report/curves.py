@@ -155,11 +155,11 @@ def _held_out_of(source: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def _headline(name: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda row: row.get("headline", {}).get(name)
+    return lambda row: (row.get("headline") or {}).get(name)
 
 
 def _benchmarks(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for row in run.evaluations for name in row.get("headline", {})))
+    return list(dict.fromkeys(name for run in runs for row in run.evaluations for name in row.get("headline") or {}))
 
 
 def _sources(run: Run) -> list[str]:
@@ -167,12 +167,14 @@ def _sources(run: Run) -> list[str]:
 
 
 def _highest(runs: Sequence[Run], name: str) -> float:
-    found = [row.get("headline", {}).get(name) for run in runs for row in run.evaluations]
+    found = [(row.get("headline") or {}).get(name) for run in runs for row in run.evaluations]
     return max((value for value in found if isinstance(value, int | float)), default=0.0)
 
 
 def _partial_note(runs: Sequence[Run], names: Sequence[str]) -> str:
     """What is no score of the benchmark is not called one."""
-    shares = {name: share for run in runs for row in run.evaluations for name, share in row.get("partial", {}).items()}
+    shares = {
+        name: share for run in runs for row in run.evaluations for name, share in (row.get("partial") or {}).items()
+    }
     said = [f"{name} {share:.1%}" for name, share in shares.items() if name in names and share < 1]
     return f"On a part of the questions, not the benchmark's score: {', '.join(said)}." if said else ""

@@ -19,7 +19,8 @@ from vistune.report.run import Run
 
 BINS = 40
 _PIECE = 4_000_000  # rows that are held at once
-_MOST_PICTURES = 9  # and more
+MOST_PICTURES = 9
+"""And more: samples with so many pictures are counted together."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Measured:
         self.width = max(1, -(-length // BINS))
         self.rows = self.usable = self.shortened = self.tokens = self.supervised = self.longest = self.text_alone = 0
         self.lengths = np.zeros(BINS + 1, np.int64)
-        self.pictures = np.zeros(_MOST_PICTURES + 1, np.int64)
+        self.pictures = np.zeros(MOST_PICTURES + 1, np.int64)
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
         good = columns["fault"] == 0
@@ -120,7 +121,7 @@ class _Measured:
         self.longest = max(self.longest, int(tokens.max(initial=0)))
         self.text_alone += int((pictures == 0).sum())
         self.lengths += np.bincount(np.minimum(tokens // self.width, BINS), minlength=BINS + 1)
-        self.pictures += np.bincount(np.minimum(pictures, _MOST_PICTURES), minlength=_MOST_PICTURES + 1)
+        self.pictures += np.bincount(np.minimum(pictures, MOST_PICTURES), minlength=MOST_PICTURES + 1)
 
     def source(self, name: str, samples: int) -> Source:
         often = samples / self.usable if self.usable else 0.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vistune import console, pages
 from vistune.pages import charts
 from vistune.report import answers, compare, curves, figures, mixture
-from vistune.report.mixture import Mixture
+from vistune.report.mixture import MOST_PICTURES, Mixture
 from vistune.report.run import Run, open_run
 
 PAGES = Path(__file__).parent / "pages"
@@ -104,31 +105,31 @@ def _evaluations(run: Run) -> dict[str, Any]:
 
 
 def _histograms(mixed: Mixture) -> list[dict[str, Any]]:
+    """How long samples are and how many pictures they have, as columns of a chart each."""
     made = []
     if any(mixed.lengths):
-        most = max(mixed.lengths)
-        bars = [
-            {
-                "height": round(100 * n / most, 2),
-                "title": f"{mixed.edges[i]:,} to {mixed.edges[i + 1] - 1:,} tokens: {n:,} samples",
-            }
-            for i, n in enumerate(mixed.lengths)
-        ]
-        axis = charts.linear(0, mixed.edges[-1], 6, tight=True)
-        made.append({"title": "Length", "unit": "tokens of a sample", "bars": bars, "ticks": axis.ticks})
+        edges = mixed.edges
+        names = [f"{low:,} to {high - 1:,} tokens" for low, high in pairwise(edges)]
+        ticks = charts.linear(0, edges[-1], 6, tight=True).ticks
+        made.append(_columns("Length", "tokens of a sample", names, mixed.lengths, ticks))
     if mixed.pictures:
-        most, top = max(mixed.pictures.values()), max(mixed.pictures)
-        numbers = range(max(top, 5) + 1)
-        bars = [
-            {
-                "height": round(100 * mixed.pictures.get(i, 0) / most, 2),
-                "title": f"{i}{' or more' if i == 9 else ''} picture{'' if i == 1 else 's'}: {mixed.pictures.get(i, 0):,} samples",
-            }
-            for i in numbers
-        ]
-        ticks = [(round(100 * (i + 0.5) / len(numbers), 2), f"{i}{'+' if i == 9 else ''}") for i in numbers]
-        made.append({"title": "Pictures", "unit": "of a sample", "bars": bars, "ticks": ticks})
+        numbers = range(max(*mixed.pictures, 5) + 1)
+        names = [f"{i}{' or more' if i == MOST_PICTURES else ''} picture{'' if i == 1 else 's'}" for i in numbers]
+        places = [round(100 * (i + 0.5) / len(numbers), 2) for i in numbers]
+        ticks = [(at, f"{i}{'+' if i == MOST_PICTURES else ''}") for i, at in enumerate(places)]
+        made.append(_columns("Pictures", "of a sample", names, [mixed.pictures.get(i, 0) for i in numbers], ticks))
     return made
+
+
+def _columns(
+    title: str, unit: str, names: Sequence[str], counts: Sequence[int], ticks: Sequence[tuple[float, str]]
+) -> dict[str, Any]:
+    most = max(counts)
+    bars = [
+        {"height": round(100 * count / most, 2), "title": f"{name}: {count:,} samples"}
+        for name, count in zip(names, counts, strict=True)
+    ]
+    return {"title": title, "unit": unit, "bars": bars, "ticks": ticks}
 
 
 def _rates(run: Run) -> list[tuple[str, Any, Any]]:
