@@ -5,43 +5,26 @@ A table of contents: each step is a room of its own. `vistune evaluate` ends her
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vistune import __version__, console, ranks
-from vistune.evaluate import official, page, score
-from vistune.evaluate.answering import Answerer, Local, is_near_tie
-from vistune.evaluate.benchmarks import Benchmark, benchmarks, named
-from vistune.evaluate.items import Question, item
-from vistune.evaluate.official import Place
+from vistune.evaluate import official
+from vistune.evaluate.answering import Answerer, Local
+from vistune.evaluate.benchmarks import named
+from vistune.evaluate.items import Question
+from vistune.evaluate.results import Set, Told, finish, named_errors, scored
 from vistune.evaluate.subject import Settings, Subject, default_out, everywhere, from_first
-from vistune.evaluate.written import ASKED, Written, questions_hash, replace
-from vistune.samples import Image
+from vistune.evaluate.written import Written, questions_hash
+
+__all__ = ["Settings", "evaluate", "shares", "spread"]
 
 ALONE = 16
 """Questions that are asked a second time, one by one, where the precision lets a batch change answers."""
-SHOWN = 5
-"""Of the questions that could not be asked, how many are named on the console; all are in scores.json."""
-
-
-@dataclass(frozen=True)
-class Set:
-    """A benchmark with its files found and read."""
-
-    benchmark: Benchmark
-    place: Place
-    questions: list[Question]
-    tokens: int
-
-    @property
-    def name(self) -> str:
-        return self.benchmark.name
 
 
 def evaluate(
@@ -61,11 +44,11 @@ def evaluate(
     items: dict[str, list[dict[str, Any]]] = {}
     for one in sets:
         told = _ask(one, subject, settings, out / one.name)
-        scored = from_first(partial(_scored, one, told, settings, out / one.name))
-        items[one.name] = scored.pop("items")
-        found["benchmarks"][one.name] = scored
+        result = from_first(partial(scored, one, told, settings, out / one.name))
+        items[one.name] = result.pop("items")
+        found["benchmarks"][one.name] = result
         _add(found, told)
-    return from_first(partial(_finish, out, found, items, sets, subject, Path(data)))
+    return from_first(partial(finish, out, found, items, sets, subject, Path(data)))
 
 
 def _check(settings: Settings, names: Sequence[str]) -> None:
@@ -86,18 +69,6 @@ def _sets(names: Sequence[str], data: Path, settings: Settings) -> list[Set]:
             raise ValueError(f"{place.root}: {benchmark.title} has no questions there")
         sets.append(Set(benchmark, place, questions, settings.max_new_tokens or benchmark.tokens(place)))
     return sets
-
-
-@dataclass
-class Told:
-    """What came of asking: the answers on disk, what could not be asked and why (by place), how many answers were made
-    in how many seconds, and how they compare with the same questions asked alone."""
-
-    written: Written
-    errors: dict[int, str]
-    made: int
-    seconds: float
-    alone: dict[str, Any] | None = None
 
 
 def _ask(one: Set, subject: Subject, settings: Settings, folder: Path) -> Told:
@@ -123,7 +94,9 @@ def _ask(one: Set, subject: Subject, settings: Settings, folder: Path) -> Told:
     for theirs in ranks.gather(errors):
         errors |= theirs
     if errors and len(errors) == len(chosen):
-        raise ValueError(f"{one.benchmark.title}: not one question could be asked; the first: {_named(one, errors)[0]}")
+        raise ValueError(
+            f"{one.benchmark.title}: not one question could be asked; the first: {named_errors(one, errors)[0]}"
+        )
     told = Told(written, errors, len(left) - len(errors), seconds if left else 0.0)
     if answerer is not None and ranks.is_first():
         told.alone = _alone(one, answerer, subject.precision, [at for at in mine if at not in errors], written)
@@ -179,60 +152,6 @@ def shares(questions: Sequence[Question], places: Sequence[int], world: int) -> 
     return [sorted(share) for share in dealt]
 
 
-def _scored(one: Set, told: Told, settings: Settings, folder: Path) -> dict[str, Any]:
-    """What the answers score, on the console and in the benchmark's folder."""
-    answers = told.written.answers()
-    result = score.judged(one.benchmark, one.place, answers, settings.judge, folder / "judged.jsonl", folder)
-    result.items = result.items or _said(one, told)
-    if told.errors:
-        result.remarks["unreadable"] = _named(one, told.errors)
-    found = score.as_dict(one.benchmark, result, _submitted(one, told, folder, result.remarks))
-    found |= {"protocol": ", ".join([found["protocol"], *_departures(one, settings)]), "max_new_tokens": one.tokens}
-    unanswered = sum(row is None for row in told.written.rows)
-    if unanswered and not found["partial"]:
-        found |= {"partial": True, "score": None, "answered": len(answers), "questions": len(one.questions)}
-        found["share"] = len(answers) / len(one.questions)
-    found["near_ties"] = sum(is_near_tie(answer.row["metadata"]["margin"]) for answer in answers)
-    found["alone"] = told.alone
-    _lines(folder / "items.jsonl", found["items"])
-    _json(folder / "scores.json", {key: value for key, value in found.items() if key != "items"})
-    score.show(found)
-    return found
-
-
-def _said(one: Set, told: Told) -> list[dict[str, Any]]:
-    """What was said, where nothing here can say whether that is right."""
-    rows = zip(one.questions, told.written.rows, strict=True)
-    return [item(question, row["text"] if row else None, None) for question, row in rows]
-
-
-def _submitted(one: Set, told: Told, folder: Path, remarks: dict[str, list[str]]) -> list[Path]:
-    """The official server's files; why there are none is a remark."""
-    try:
-        return one.benchmark.submission(one.place, told.written.answers(), folder)
-    except ValueError as error:
-        remarks["submission"] = [str(error)]
-        return []
-
-
-def _departures(one: Set, settings: Settings) -> list[str]:
-    """Where this evaluation leaves the protocol."""
-    said = []
-    if settings.max_new_tokens and settings.max_new_tokens != one.benchmark.tokens(one.place):
-        said.append(f"max_new_tokens {settings.max_new_tokens}")
-    if 0 < settings.limit < len(one.questions):
-        said.append(f"{settings.limit:,} questions spread over it")
-    if settings.quantize:
-        said.append(f"language model in {settings.quantize}")
-    if settings.template:
-        said.append(f"template {settings.template}")
-    return said
-
-
-def _named(one: Set, errors: dict[int, str]) -> list[str]:
-    return [f"{one.questions[at].id}: {errors[at]}" for at in sorted(errors)]
-
-
 def _about(subject: Subject, settings: Settings) -> dict[str, Any]:
     return {
         "model": subject.model,
@@ -255,72 +174,3 @@ def _add(found: dict[str, Any], told: Told) -> None:
     found["seconds"] += told.seconds
     found["answers"] += told.made
     found["answers_per_s"] = found["answers"] / found["seconds"] if found["seconds"] else 0.0
-
-
-def _finish(
-    out: Path,
-    found: dict[str, Any],
-    items: dict[str, list[dict[str, Any]]],
-    sets: Sequence[Set],
-    subject: Subject,
-    data: Path,
-) -> dict[str, Any]:
-    """All of `out` in one file and on one page: what was asked now, and of this model before."""
-    questions = {one.name: one.questions for one in sets}
-    for name in _earlier(out, subject, list(questions)):
-        found["benchmarks"][name] = json.loads((out / name / "scores.json").read_text(encoding="utf-8"))
-        lines = (out / name / "items.jsonl").read_text(encoding="utf-8").splitlines()
-        items[name], questions[name] = [json.loads(line) for line in lines], _asked_before(name, data, subject)
-    found["near_ties"] = sum(one["near_ties"] for one in found["benchmarks"].values())
-    pictures: dict[str, dict[str, list[Image]]] = {
-        name: {str(question.id): list(question.images) for question in some} for name, some in questions.items()
-    }
-    _json(out / "scores.json", found)
-    written = page.write(out, found, items, pictures)
-    rows = [
-        (each["title"], _quoted(each), each["headline"], f"{each['answered']:,} of {each['questions']:,}")
-        for each in found["benchmarks"].values()
-    ]
-    console.table(f"{found['model']}", ("benchmark", "score", "which", "answered"), rows)
-    speed = f"{found['answers']:,} answers in {found['seconds']:.0f} s ({found['answers_per_s']:.2f} a second)"
-    ties = f", {found['near_ties']:,} near ties" if found["near_ties"] else ""
-    console.say(f"{speed}{ties}; scores: {out / 'scores.json'}, page: {written}")
-    return found
-
-
-def _earlier(out: Path, subject: Subject, now: Sequence[str]) -> list[str]:
-    """Benchmarks that this model, asked in this way, was scored on before, in the same folder."""
-    found = []
-    for note in sorted(out.glob(f"*/{ASKED}")):
-        name = note.parent.name
-        whole = all((note.parent / file).is_file() for file in ("scores.json", "items.jsonl"))
-        if name in benchmarks() and name not in now and whole:
-            asked = json.loads(note.read_text(encoding="utf-8"))
-            if all(asked.get(key) == value for key, value in subject.identity.items() if key != "model"):
-                found.append(name)
-    return found
-
-
-def _asked_before(name: str, data: Path, subject: Subject) -> list[Question]:
-    """The questions of an earlier evaluation, for their pictures; none where their files lie elsewhere."""
-    benchmark = benchmarks()[name]
-    try:
-        return benchmark.questions(official.place(data, benchmark.folders, subject.settings.images))
-    except ValueError as error:
-        console.warn(f"{benchmark.title}: the page shows no pictures of it: {error}")
-        return []
-
-
-def _quoted(found: dict[str, Any]) -> str:
-    """The figure that may be called the benchmark's score, or why there is none."""
-    if found["score"] is not None and not found["subset"]:
-        return f"{found['score']:.2f}"
-    return "partial" if found["partial"] else "subset" if found["subset"] else "scored elsewhere"
-
-
-def _json(path: Path, value: Any) -> None:
-    replace(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def _lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

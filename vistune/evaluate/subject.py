@@ -65,7 +65,7 @@ class Subject:
             "weights": weights_hash(self.model),
             **base,
             "precision": self.precision,
-            "quantize": given.quantize,
+            "quantize": given.quantize or "none",
             "template": given.template or "the model's",
         }
 
