@@ -90,6 +90,7 @@ def test_figures_and_tables_of_one_metric(tmp_path, capsys):
     }
     assert [one["correct"] for one in found["items"]] == [False, True, True, True]
     assert found["protocol"] == "custom" and not found["subset"] and found["remarks"] == {}
+    assert found["title"] == "Mine"
 
 
 def test_several_metrics_have_a_mean(tmp_path):

@@ -179,3 +179,14 @@ def test_bad_files_are_named(tmp_path, capsys):
     assert "no answer to 'Why?'" in refused("mme", data, ANSWERS, capsys)
     file = write_answers(tmp_path / "a.jsonl", [{"question_id": "existence/0000.png", "text": "Yes"}])
     assert "existence/0000.png has no prompt" in refused("mme", MME, file, capsys).replace("\n", " ")
+
+
+def test_pictures_are_found_from_a_relative_folder_too(tmp_path, monkeypatch):
+    picture = tmp_path / "data" / "MME" / "MME_Benchmark_release_version" / "count" / "0.jpg"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(picture)
+    picture.with_suffix(".txt").write_text("One? Please answer yes or no.\tYes\nTwo? Please answer yes or no.\tNo\n")
+    monkeypatch.chdir(tmp_path)
+    mme = named("mme")
+    asked = mme.questions(official.place(Path("data"), mme.folders))
+    assert len(asked) == 2 and all(Path(one.images[0].path).samefile(picture) for one in asked)

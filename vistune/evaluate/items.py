@@ -73,6 +73,8 @@ class Result:
     remarks: dict[str, list[str]] = field(default_factory=dict)
     protocol: str = ""
     """Where it is not the benchmark's own: a prompt that was made up here, an answer cut short."""
+    title: str = ""
+    """Where its files say one."""
     judge: dict[str, Any] = field(default_factory=dict)
     """Who judged and when, as `judge.told` says it."""
     written: list[str] = field(default_factory=list)

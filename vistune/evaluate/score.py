@@ -65,7 +65,7 @@ def as_dict(benchmark: Benchmark, result: Result, written: Sequence[Path] = ()) 
     whole = not result.partial
     return {
         "benchmark": benchmark.name,
-        "title": benchmark.title,
+        "title": result.title or benchmark.title,
         "protocol": result.protocol or benchmark.protocol,
         "score": result.scores.get(result.headline) if whole else None,
         "headline": result.headline,

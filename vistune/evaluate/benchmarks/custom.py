@@ -116,6 +116,7 @@ class Custom(Benchmark):
             tables={f"{title}, by category": rows} if any(categories) else {},
             items=items,
             remarks=matched.remarks | remarks,
+            title=title,
         )
 
 
