@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 from pathlib import Path
@@ -135,6 +136,14 @@ def test_what_was_scored_before_stays_on_the_page(model, data, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text()) == both
     other = evaluate(model, ["mme"], data, tmp_path, settings(max_new_tokens=4, precision="bf16"))
     assert list(other["benchmarks"]) == ["mme"]  # asked in another way: not to be shown side by side
+
+
+def test_one_evaluation_at_a_time_in_a_folder(once, model, data):
+    with (once[1] / "pope" / "asked.json").open() as note:
+        fcntl.flock(note, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another evaluation is at work there"):
+            evaluate(model, ["pope"], data, once[1], settings())
+    assert evaluate(model, ["pope"], data, once[1], settings())["answers"] == 0
 
 
 def test_a_limit_is_spread_and_marks_the_score_partial(model, data, tmp_path):

@@ -84,12 +84,14 @@ def _ask(one: Set, subject: Subject, settings: Settings, folder: Path) -> Told:
     left = [at for at in chosen if written.rows[at] is None]
     if left and len(left) < len(chosen):
         console.say(f"{one.benchmark.title}: {len(chosen) - len(left):,} of {len(chosen):,} are answered; going on")
-    answerer = subject.open() if left else None
     mine = shares(one.questions, left, ranks.world())[ranks.rank()]
-    errors, started = {}, time.monotonic()
-    if answerer is not None:
-        errors = _answered(one, answerer, written, mine)
-    written.merge()
+    try:
+        answerer = subject.open() if left else None
+        started = time.monotonic()
+        errors = _answered(one, answerer, written, mine) if answerer is not None else {}
+        written.merge()
+    finally:
+        written.close()
     seconds = time.monotonic() - started
     for theirs in ranks.gather(errors):
         errors |= theirs

@@ -4,6 +4,7 @@ with those of another model, other settings or other questions.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vistune import ranks
+from vistune import console, ranks
 from vistune.asking import Said
 from vistune.evaluate.items import Answer, Key, Question
 from vistune.models import hub
@@ -36,6 +37,7 @@ class Written:
     def __init__(self, folder: Path, questions: Sequence[Question], asked: Mapping[str, Any], model: str):
         self.folder, self.questions, self.model = folder, questions, model
         self._file: IO[str] | None = None
+        self._held: IO[bytes] | None = None
         self.rows: list[dict[str, Any] | None] = []
         ranks.on_first(lambda: self._begin(dict(asked)))
         self.rows = ranks.from_first(self.rows)
@@ -52,6 +54,7 @@ class Written:
             )
         else:
             replace(note, json.dumps(asked, indent=2) + "\n")
+        self._held = _hold(note)
         self.rows = self._read()
         self._gather(PART.format(rank=0))
 
@@ -66,18 +69,20 @@ class Written:
         self.rows[at] = row
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Write no more, and let others into the folder."""
+        for file in (self._file, self._held):
+            if file is not None:
+                file.close()
+        self._file = self._held = None
 
     def merge(self) -> None:
         """Every rank's answers into one file, on rank 0, which then has the rows of all; all ranks wait for it."""
-        self.close()
         ranks.barrier()
         if ranks.is_first():
             self.rows = self._read()
             self._gather(ANSWERS)
         ranks.barrier()
+        self.close()
 
     def answers(self) -> list[Answer]:
         return [
@@ -105,6 +110,22 @@ class Written:
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("answers.jsonl")) + sorted(self.folder.glob("answers.*.jsonl"))
+
+
+def _hold(note: Path) -> IO[bytes]:
+    """The folder for this evaluation alone, as long as the process lives or the file is open. ValueError when another
+    is at work there; where the file system knows no locks, nobody can tell."""
+    file = note.open("rb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{note.parent}: another evaluation is at work there; wait for it, or give another --out"
+        ) from None
+    except OSError as error:
+        console.warn(f"{note.parent}: cannot be locked ({error}); let no other evaluation write there")
+    return file
 
 
 def _row(question: Question, said: Said, model: str) -> dict[str, Any]:
