@@ -14,7 +14,7 @@ from tests.evaluate.asked import NAMES, rows, same, settings, start, toys_in
 from tests.made import stage0
 from vistune import asking, generate
 from vistune.evaluate.items import Question
-from vistune.evaluate.run import evaluate, shares, spread
+from vistune.evaluate.run import evaluate, limited, shares, spread
 from vistune.evaluate.subject import default_out
 from vistune.models.load import load
 
@@ -227,3 +227,10 @@ def test_results_of_a_run_go_into_it(tmp_path):
     assert default_out(str(run)) == default_out(str(run / "model")) == run / "evaluation"
     assert default_out("models/llava") == Path("evaluation/llava")
     assert default_out("http://localhost:8000/v1") == Path("evaluation/localhost-8000-v1")
+
+
+def test_questions_of_one_id_stay_together_under_a_limit():
+    pairs = [Question(id=f"{i // 2}.png", text=f"{i}") for i in range(12)]
+    assert limited(pairs, 4) == [0, 1, 6, 7] and limited(pairs, 1) == [0, 1]
+    alone = [Question(id=i, text="") for i in range(12)]
+    assert limited(alone, 4) == [0, 3, 6, 9] and limited(alone, 0) == limited(alone, 99) == list(range(12))

@@ -160,7 +160,9 @@ def _quoted(found: dict[str, Any]) -> str:
     """The figure that may be called the benchmark's score, or why there is none."""
     if found["score"] is not None and not found["subset"]:
         return f"{found['score']:.2f}"
-    return "partial" if found["partial"] else "subset" if found["subset"] else "scored elsewhere"
+    if found["partial"] or not found["scores"]:
+        return "partial" if found["partial"] else "not judged" if found["judged"] else "scored elsewhere"
+    return "subset"
 
 
 def _json(path: Path, value: Any) -> None:

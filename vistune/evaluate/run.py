@@ -21,7 +21,7 @@ from vistune.evaluate.results import Set, Told, finish, named_errors, scored
 from vistune.evaluate.subject import Settings, Subject, default_out, everywhere, from_first
 from vistune.evaluate.written import Written, questions_hash
 
-__all__ = ["Settings", "evaluate", "shares", "spread"]
+__all__ = ["Settings", "evaluate", "limited", "shares", "spread"]
 
 ALONE = 16
 """Questions that are asked a second time, one by one, where the precision lets a batch change answers."""
@@ -80,7 +80,7 @@ def _ask(one: Set, subject: Subject, settings: Settings, folder: Path) -> Told:
         "questions": questions_hash(one.questions),
     }
     written = Written(folder, one.questions, asked, subject.name)
-    chosen = spread(len(one.questions), settings.limit)
+    chosen = limited(one.questions, settings.limit)
     left = [at for at in chosen if written.rows[at] is None]
     if left and len(left) < len(chosen):
         console.say(f"{one.benchmark.title}: {len(chosen) - len(left):,} of {len(chosen):,} are answered; going on")
@@ -135,6 +135,16 @@ def _alone(
         same += row is not None and row["text"] == said.text
     console.say(f"{precision}: {same} of {len(few)} answers are the same when asked alone")
     return {"questions": len(few), "same": same}
+
+
+def limited(questions: Sequence[Question], limit: int) -> list[int]:
+    """The places of about `limit` questions, evenly over them; those of one id together, as MME scores pairs."""
+    groups: dict[str, list[int]] = {}
+    for at, question in enumerate(questions):
+        groups.setdefault(str(question.id), []).append(at)
+    each = list(groups.values())
+    taken = spread(len(each), max(1, limit * len(each) // len(questions))) if limit else range(len(each))
+    return sorted(at for number in taken for at in each[number])
 
 
 def spread(count: int, limit: int) -> list[int]:

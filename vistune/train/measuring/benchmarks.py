@@ -16,7 +16,7 @@ from vistune.evaluate.answering import Said
 from vistune.evaluate.benchmarks import Benchmark, named
 from vistune.evaluate.items import Answer, Question, Result
 from vistune.evaluate.official import Place
-from vistune.evaluate.run import spread
+from vistune.evaluate.run import limited, spread
 from vistune.recipe import Evaluate
 
 
@@ -67,7 +67,7 @@ def _chosen(benchmark: Benchmark, data: Path, limit: int) -> Chosen:
     questions = benchmark.questions(place)
     if not questions:
         raise ValueError(f"evaluate.benchmarks: {benchmark.name} in {place.root} has no questions")
-    asked = [questions[at] for at in spread(len(questions), limit)]
+    asked = [questions[at] for at in limited(questions, limit)]
     chosen = Chosen(benchmark, place, asked, len(questions), benchmark.tokens(place))
     result = _score(chosen, [Said(text="") for _ in asked])
     if not result.scores:
