@@ -9,7 +9,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -78,7 +78,29 @@ NO_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc", "man
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_OPENING = 400, 60, 5
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+
+
+def over(paths: Sequence[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """A check of one file becomes one test of all `paths`, which names every file that fails it: thousands of tests of a
+    millisecond would cost more than what they check."""
+
+    def made(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = {}
+            for path in paths:
+                try:
+                    check(path)
+                except (AssertionError, pytest.fail.Exception) as error:
+                    wrong[path.relative_to(ROOT).as_posix()] = str(error).splitlines()[0]
+            assert not wrong
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return made
+
+
+each_file = over(FILES)
 
 
 @cache
@@ -92,6 +114,7 @@ def module_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
+@cache
 def room_of(module: str) -> str:
     """The room of a module under vistune. Fails for one that is in no room yet."""
     for room, (_, names) in ROOMS.items():
@@ -100,6 +123,7 @@ def room_of(module: str) -> str:
     pytest.fail(f"vistune.{module} is in no room: add it to ROOMS in {Path(__file__).name}, and to docs/map.md")
 
 
+@cache
 def is_module(dotted: str) -> bool:
     place = PACKAGE.joinpath(*dotted.split("."))
     return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
@@ -119,16 +143,20 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
-def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(path)))
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[ast.stmt, str], ...]:
     """Every import of a file, those under TYPE_CHECKING and in functions too."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            for name in imported(node):
-                yield node, name
+    found = [node for node in nodes(path) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return tuple((node, name) for node in found for name in imported(node))
 
 
 def late_imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    functions = [n for n in nodes(path) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
     inside = {id(node): node for function in functions for node in ast.walk(function)}
     return ((node, name) for node, name in imports(path) if id(node) in inside)
 
@@ -174,7 +202,7 @@ def test_the_check_sees_what_it_is_for(tmp_path: Path) -> None:
 
 @each_file
 def test_imports_are_absolute(path: Path) -> None:
-    relative = [n.lineno for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) and n.level]
+    relative = [n.lineno for n in nodes(path) if isinstance(n, ast.ImportFrom) and n.level]
     assert not relative, f"relative imports on lines {relative}"
 
 
@@ -208,7 +236,7 @@ def test_a_file_opens_with_what_it_does(path: Path) -> None:
 @each_file
 def test_files_and_functions_fit_the_eye(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
-    functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [n for n in nodes(path) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: size for f in functions if (size := (f.end_lineno or 0) - f.lineno + 1) > LONGEST_FUNCTION}
     assert not long, f"over {LONGEST_FUNCTION} lines: {long}"
 
@@ -230,11 +258,11 @@ def swallows(handler: ast.ExceptHandler) -> bool:
 
 @each_file
 def test_no_exception_is_swallowed(path: Path) -> None:
-    nodes = list(ast.walk(tree(path)))
-    silent = [n.lineno for n in nodes if isinstance(n, ast.ExceptHandler) and swallows(n)]
+    everything = nodes(path)
+    silent = [n.lineno for n in everything if isinstance(n, ast.ExceptHandler) and swallows(n)]
     silent += [
         n.lineno
-        for n in nodes
+        for n in everything
         if isinstance(n, ast.Call) and ast.unparse(n.func).endswith("suppress") and "Exception" in ast.unparse(n)
     ]
     assert not silent, f"bare or idle except on lines {silent}"
@@ -254,7 +282,7 @@ PLACES = re.compile(
 """Absolute paths of somebody's machine, and numbers of somebody's list of things to do."""
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+@over(TEXTS)
 def test_nothing_speaks_of_the_place_it_was_written_in(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     found = [line for line in text.splitlines() if PLACES.search(line) and path != Path(__file__)]

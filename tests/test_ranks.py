@@ -66,6 +66,7 @@ def test_host_facts_go_over_the_host():
     assert ranks._backend("cpu") == "gloo" and ranks._backend("cuda") == "cpu:gloo,cuda:nccl"
 
 
+@pytest.mark.slow
 def test_a_recipe_for_eight_gpus_on_one(start, data, tmp_path, capsys):
     """The same global batch by accumulation, unsharded, and it says so."""
     shards = {"shard": "zero3", "replicas": 2}

@@ -276,14 +276,14 @@ def questions(name: str, data: Path, images: Path | None = None) -> dict[tuple[s
 
 
 def test_a_partial_run_says_its_share_and_has_no_score(model, data, tmp_path) -> None:
-    words = ["--benchmark", "pope,mme", "--data", data[0], "--out", tmp_path, "--limit", 3, "--max-new-tokens", 2]
+    words = ["--benchmark", "pope,mme", "--data", data[0], "--out", tmp_path, "--limit", 4, "--max-new-tokens", 2]
     code, found, said = spoken("evaluate", model, *words, "--device", "cpu")
     assert code == 0, said
     for name, questions in (("pope", 12), ("mme", 28)):
         one = found["benchmarks"][name]
-        assert one["partial"] and one["score"] is None and one["share"] == pytest.approx(3 / questions)
-        assert (one["answered"], one["questions"]) == (3, questions)
-    assert f"PARTIAL, 3 of 12 questions answered ({3 / 12:.1%})" in said
+        assert one["partial"] and one["score"] is None and one["share"] == pytest.approx(4 / questions)
+        assert (one["answered"], one["questions"]) == (4, questions)
+    assert f"PARTIAL, 4 of 12 questions answered ({4 / 12:.1%})" in said
 
 
 def test_a_missing_question_file_is_named(model, data, tmp_path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 
+import pytest
+
 from tests.evaluate.asked import rows, same, settings, start_both, toys_in
 from tests.made import stage0
 from vistune.evaluate.run import evaluate
@@ -12,6 +14,7 @@ from vistune.evaluate.run import evaluate
 NAMES = ["pope", "custom"]
 
 
+@pytest.mark.slow
 def test_two_processes_score_what_one_does(tmp_path, capsys):
     model, data = stage0(tmp_path), toys_in(tmp_path / "data", *NAMES)
     alone = evaluate(model, NAMES, data, tmp_path / "alone", settings())

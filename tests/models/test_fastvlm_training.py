@@ -14,6 +14,7 @@ from vistune.models.load import load
 from vistune.train import stage
 
 
+@pytest.mark.slow
 def test_a_stage_trains_all_three_parts_at_their_own_rates_and_its_folder_opens(tmp_path):
     start = tiny_fastvlm(tmp_path / "start")
     recipe = made_recipe(

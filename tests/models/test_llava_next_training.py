@@ -71,6 +71,7 @@ def test_tiles_come_alike_from_workers_and_without(start, data, tmp_path):
     assert {int(tiles) for batch in alone for tiles in batch.grids[:, 0]} > {3}
 
 
+@pytest.mark.slow
 def test_a_picture_that_breaks_later_keeps_its_place(start, tmp_path):
     data = made_data(tmp_path / "data", rows=12)
     one = recipe(start, data, tmp_path / "run")

@@ -29,7 +29,10 @@ def half(start, folder, **types):
     return folder
 
 
-@pytest.fixture(scope="module", params=["plain", "rslora", "dora", "bf16_true"])
+@pytest.fixture(
+    scope="module",
+    params=["plain", *(pytest.param(one, marks=pytest.mark.slow) for one in ("rslora", "dora", "bf16_true"))],
+)
 def run(request, start, data, tmp_path_factory):
     """A finished LoRA run of each kind, from a start folder of mixed types."""
     folder = tmp_path_factory.mktemp(request.param)

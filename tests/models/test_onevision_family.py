@@ -204,6 +204,7 @@ def test_the_family_of_a_config():
     assert family_of(json.loads((START / "config.json").read_text())).name == "onevision15"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_stage_packed_and_unpacked_saved_reloaded_asked(tmp_path):
     """Loss and weights of three steps are equal; the folder opens and answers, its options remembered."""

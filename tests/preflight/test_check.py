@@ -89,6 +89,7 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
     assert report.micro.tokens % 128 == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     said = recipe(
         learn={"connector": 1e-3, "language": 1e-3}, train={"micro_batch": 4, "batch": 64}, data={"length": 1024}

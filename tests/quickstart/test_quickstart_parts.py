@@ -62,6 +62,7 @@ def test_language_reads_pictures_told_in_words():
     assert right / total > 0.95
 
 
+@pytest.mark.slow
 def test_pretraining_repeats_itself(tmp_path):
     for name in "ab":
         pretrain.vision(tmp_path / name / "vision", seed=0, count=8, steps=2, batch=4)

@@ -25,6 +25,7 @@ def runs(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_two_runs_are_the_same(runs):
     (_, a), (_, b) = runs
     assert a["losses"] == b["losses"]

@@ -40,6 +40,7 @@ def made(tmp_path):
     return tensors, saving.Saver(tmp_path, keep=2), tmp_path
 
 
+@pytest.mark.slow
 def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(start, data, tmp_path, monkeypatch):
     """The writer of step 2 is held until steps 3 and 4 are done; what it writes is what a foreground save has."""
     later, waited = threading.Event(), []
@@ -71,7 +72,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(start, d
         assert states[0]["quarantine"] == states[1]["quarantine"] and states[0]["index"] == states[1]["index"]
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_full_disk_is_one_sentence_soon_and_leaves_the_older_checkpoint(
     start, data, tmp_path, monkeypatch, background
 ):

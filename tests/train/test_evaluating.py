@@ -136,7 +136,8 @@ HALF = {
 }
 
 
-@pytest.mark.parametrize("case", ["adapters", pytest.param("again", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HALF)
 def test_training_in_half_precision_is_the_same_without(case, start, data, held, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(precisions, "has_bf16", lambda device: True)
     found = []
@@ -177,6 +178,7 @@ def test_nothing_is_left_behind():
     assert torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_evaluation_makes_it_up(
     whole, start, data, held, questions, tmp_path, monkeypatch
 ):
@@ -221,6 +223,7 @@ def test_the_best_checkpoint_stays(start, data, held, tmp_path, monkeypatch, cap
         assert best.read(folder).step == known
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_it_named_the_best_names_it(start, data, held, tmp_path, monkeypatch):
     values = iter([1.0, 2.0])
     monkeypatch.setattr(held_out, "losses", lambda held, rounds: {"a": (next(values), 1)})
@@ -240,6 +243,7 @@ def test_a_run_that_stopped_before_it_named_the_best_names_it(start, data, held,
     assert (best.read(Path(recipe.run)).step, list(rows_of(recipe))) == (1, [1, 2])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_leaves_its_evaluation(start, data, held, questions, tmp_path, monkeypatch):
     recipe = made_recipe(start, data, tmp_path / "run", evaluate=evaluate_section(held, questions))
     real = held_out.losses
@@ -272,6 +276,7 @@ class Hears:
     def stop(self): ...
 
 
+@pytest.mark.slow
 def test_limit_is_partial_and_best_by_a_score(start, data, held, questions, tmp_path, monkeypatch):
     asked = evaluate_section(held, questions, every=0, held_out=[], limit=5, samples=2, best="custom.contains")
     recipe = made_recipe(start, data, tmp_path / "run", evaluate=asked, train={"steps": 2}, log={"trackers": ["wandb"]})
@@ -313,6 +318,7 @@ def test_a_broken_question_file_is_found_before_the_first_step(start, data, held
     assert not checkpoint.folders(Path(recipe.run))
 
 
+@pytest.mark.slow
 def test_what_fails_on_the_way_is_a_warning(start, data, held, tmp_path, monkeypatch):
     questions = made_questions(tmp_path)
     sections = {"evaluate": evaluate_section(held, questions), "train": {"steps": 4}}

@@ -28,7 +28,8 @@ def no_hanging():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_over_mutated_data(tmp_path, workers):
     """All five hundred with workers; without, other hundred and forty."""
     made = mutated(tmp_path / "data", 500 if workers else 140, seed=workers)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [
     ("adamw8bit", "fp32"),
     pytest.param("adamw8bit", "bf16_true", marks=pytest.mark.slow),
-    ("adamw8bit", "bf16_stochastic"),
+    pytest.param("adamw8bit", "bf16_stochastic", marks=pytest.mark.slow),
     pytest.param("adamw", "bf16_stochastic", marks=pytest.mark.slow),
 ]
 

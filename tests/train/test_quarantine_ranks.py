@@ -87,6 +87,7 @@ def test_the_ledger_is_the_same_on_ranks_and_after_a_kill(broken, tmp_path):
     assert [row["loss"] for row in metrics.read(killed)] == pytest.approx(curve, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_brings_the_ledger_back(broken, tmp_path):
     """The file is lost, or has what only later steps met: the run goes on with what the checkpoint knows."""
     one = tmp_path / "one"
@@ -108,6 +109,7 @@ def test_the_checkpoint_brings_the_ledger_back(broken, tmp_path):
         assert ledger(run) == whole
 
 
+@pytest.mark.slow
 def test_above_the_cap_every_rank_stops(broken, tmp_path):
     """Twelve rows are faulty, ten are allowed; the twelve are met by two ranks in several steps."""
     images = tmp_path / "data" / "images"

@@ -10,7 +10,7 @@ from tests.made import made_recipe
 from tests.train.sharded import assert_equal, on_ranks, take_steps
 from vistune.models import filling
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 LEARN = {"connector": 1e-3, "language": 2e-4, "vision.layers.-2:": 1e-5}
 """The first vision layer is frozen beside its like."""

@@ -35,6 +35,7 @@ def test_two_ranks_equal_one(data, tmp_path):
             assert_equal(rank[name], one, 2e-5)
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norms_leave_blank_pictures_out(data, tmp_path):
     """Against two ranks with whole weights, which see the same pictures and no blank ones."""
     start = folders_in(tmp_path / "made")("fastvlm")

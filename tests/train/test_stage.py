@@ -125,7 +125,12 @@ def test_a_connector_checkpoint_holds_only_the_connector(start, data, tmp_path):
 
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", "bf16", pytest.param("bf16_true", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow)],
+    [
+        "fp32",
+        pytest.param("bf16", marks=pytest.mark.slow),
+        pytest.param("bf16_true", marks=pytest.mark.slow),
+        pytest.param("fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_bit_for_bit(start, data, tmp_path, precision, monkeypatch):
     """Stopped by a fault after step 3, taken up from the checkpoint of step 2."""
@@ -225,6 +230,7 @@ def test_another_recipe_is_named_and_refused(start, data, tmp_path):
     stage.run(made_recipe(start, data, run, train={"steps": 2}, log={"every": 2}, checkpoint={"keep": 1}))
 
 
+@pytest.mark.slow
 def test_steps_may_grow_under_a_constant_schedule(start, data, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     constant = {"schedule": "constant", "warmup": 0}

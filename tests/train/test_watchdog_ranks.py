@@ -101,6 +101,7 @@ def planned(recipe, folder, step, rank):
     return {f"data.json:{rows[position]}" for micro in micros for pack in micro for position in pack}
 
 
+@pytest.mark.slow
 def test_one_process_whose_worker_hangs(made, tmp_path, monkeypatch):
     hanging(monkeypatch, rank=0, step=2)
     made = made.model_copy(update={"data": made.data.model_copy(update={"workers": 1})})
@@ -111,6 +112,7 @@ def test_one_process_whose_worker_hangs(made, tmp_path, monkeypatch):
     assert len(metrics.read(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_on_one_rank_ends_the_other_with_its_sentence(made, tmp_path, monkeypatch):
     real = loader._Steps.batches
 
