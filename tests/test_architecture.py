@@ -81,8 +81,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def over(paths: Sequence[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
-    """A check of one file becomes one test of all `paths`, which names every file that fails it: thousands of tests of a
-    millisecond would cost more than what they check."""
+    """A check of one file becomes one test of all `paths`, which names every file that fails it: thousands of tests of
+    a millisecond would cost more than what they check."""
 
     def made(check: Callable[[Path], None]) -> Callable[[], None]:
         def test() -> None:
