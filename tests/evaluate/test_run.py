@@ -13,8 +13,8 @@ import torch
 from tests.evaluate.asked import NAMES, rows, same, settings, start, toys_in
 from tests.made import stage0
 from vistune import asking, generate
-from vistune.evaluate.items import Question
-from vistune.evaluate.run import evaluate, limited, shares, spread
+from vistune.evaluate.items import Question, limited, spread
+from vistune.evaluate.run import evaluate, shares
 from vistune.evaluate.subject import default_out
 from vistune.models.load import load
 

@@ -160,6 +160,21 @@ def of_answered(items: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {"accuracy_of_answered": percent(sum(answered), len(answered))}
 
 
+def limited(questions: Sequence[Question], limit: int) -> list[int]:
+    """The places of about `limit` questions, evenly over them; those of one id together, as MME scores pairs."""
+    groups: dict[str, list[int]] = {}
+    for at, question in enumerate(questions):
+        groups.setdefault(str(question.id), []).append(at)
+    each = list(groups.values())
+    taken = spread(len(each), max(1, limit * len(each) // len(questions))) if limit else range(len(each))
+    return sorted(at for number in taken for at in each[number])
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """The places of `limit` of `count` questions, evenly over them; of all for 0."""
+    return [i * count // limit for i in range(limit)] if 0 < limit < count else list(range(count))
+
+
 def percent(part: float, whole: float) -> float:
     """`part` of `whole` in percent; 0 of nothing."""
     return 100.0 * part / whole if whole else 0.0

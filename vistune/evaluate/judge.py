@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from vistune import console
 from vistune.data.fetching.threads import spread
 from vistune.data.teaching.teacher import THOUGHT
-from vistune.evaluate.client import open_client, reason
+from vistune.evaluate.client import Completer, open_client, reason
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KNOCKS = 2
@@ -197,7 +197,7 @@ class _Asking:
             )
         self.judge, self.key = judge, os.environ.get(judge.key, "")
         self.client = open_client(judge.url, judge.key, timeout=judge.timeout, retries=max(0, judge.tries - 1))
-        self.length = "max_tokens"  # what the endpoint calls the longest reply; newer ones have another word
+        self.complete = Completer(self.client)
         self.given_up = Event()
 
     def all(self, fresh: Mapping[str, Request]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,11 +213,13 @@ class _Asking:
     def _knock(self, request: Request) -> dict[str, Any]:
         import openai
 
-        client = self.client.with_options(max_retries=min(KNOCKS, self.judge.tries - 1))
+        knocking = Completer(self.client.with_options(max_retries=min(KNOCKS, self.judge.tries - 1)))
         try:
-            return self._row(client, request)
+            return self._row(knocking, request)
         except openai.APIConnectionError as error:
             raise self._refused(f"{_cause(error)}; is that its address?") from None
+        finally:
+            self.complete.length = knocking.length
 
     def _one(self, task: tuple[str, Request]) -> tuple[str, dict[str, Any]]:
         import openai
@@ -226,16 +228,17 @@ class _Asking:
         if self.given_up.is_set():
             return key, _failed(f"not asked: {IN_A_ROW} requests in a row had failed")
         try:
-            return key, self._row(self.client, request)
+            return key, self._row(self.complete, request)
         except openai.APIConnectionError as error:
             return key, _failed(_cause(error))
 
-    def _row(self, client: Any, request: Request) -> dict[str, Any]:
+    def _row(self, complete: Completer, request: Request) -> dict[str, Any]:
         """What the cache keeps of a reply, or {"error", "date"}. Raises JudgeRefused, openai.APIConnectionError."""
         import openai
 
         try:
-            return _read(request, self._complete(client, request))
+            found = complete(self.judge.model, request.messages, request.temperature, request.max_tokens)
+            return _read(request, found)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._refused(f"the key in {self.judge.key} is refused: {reason(error)}") from None
         except openai.NotFoundError as error:
@@ -255,26 +258,6 @@ class _Asking:
     def _without_key(self, said: str) -> str:
         """A server's refusal may repeat the key; what is printed and kept does not."""
         return said.replace(self.key, "***") if self.key else said
-
-    def _complete(self, client: Any, request: Request) -> Any:
-        import openai
-
-        word = self.length
-        try:
-            return self._post(client, request, word)
-        except openai.BadRequestError as error:
-            if word != "max_tokens" or "max_completion_tokens" not in str(error):
-                raise
-            self.length = "max_completion_tokens"
-            return self._post(client, request, self.length)
-
-    def _post(self, client: Any, request: Request, length: str) -> Any:
-        return client.chat.completions.create(
-            model=self.judge.model,
-            messages=[dict(message) for message in request.messages],
-            temperature=request.temperature,
-            **{length: request.max_tokens},
-        )
 
 
 def _read(request: Request, found: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vistune import console
 from vistune.evaluate import official, page, score
 from vistune.evaluate.answering import is_near_tie
 from vistune.evaluate.benchmarks import Benchmark, benchmarks
-from vistune.evaluate.items import Question, item
+from vistune.evaluate.items import Question, item, limited
 from vistune.evaluate.official import Place
 from vistune.evaluate.subject import Settings, Subject
 from vistune.evaluate.written import ASKED, Written, replace
@@ -89,8 +89,8 @@ def _departures(one: Set, settings: Settings) -> list[str]:
     said = []
     if settings.max_new_tokens and settings.max_new_tokens != one.benchmark.tokens(one.place):
         said.append(f"max_new_tokens {settings.max_new_tokens}")
-    if 0 < settings.limit < len(one.questions):
-        said.append(f"{settings.limit:,} questions spread over it")
+    if (asked := len(limited(one.questions, settings.limit))) < len(one.questions):
+        said.append(f"{asked:,} questions spread over it")
     if settings.quantize:
         said.append(f"language model in {settings.quantize}")
     if settings.template:

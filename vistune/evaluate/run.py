@@ -16,12 +16,12 @@ from vistune import __version__, console, ranks
 from vistune.evaluate import official
 from vistune.evaluate.answering import Answerer, Local
 from vistune.evaluate.benchmarks import named
-from vistune.evaluate.items import Question
+from vistune.evaluate.items import Question, limited, spread
 from vistune.evaluate.results import Set, Told, finish, named_errors, scored
 from vistune.evaluate.subject import Settings, Subject, default_out, everywhere, from_first
 from vistune.evaluate.written import Written, questions_hash
 
-__all__ = ["Settings", "evaluate", "limited", "shares", "spread"]
+__all__ = ["Settings", "evaluate", "shares"]
 
 ALONE = 16
 """Questions that are asked a second time, one by one, where the precision lets a batch change answers."""
@@ -135,21 +135,6 @@ def _alone(
         same += row is not None and row["text"] == said.text
     console.say(f"{precision}: {same} of {len(few)} answers are the same when asked alone")
     return {"questions": len(few), "same": same}
-
-
-def limited(questions: Sequence[Question], limit: int) -> list[int]:
-    """The places of about `limit` questions, evenly over them; those of one id together, as MME scores pairs."""
-    groups: dict[str, list[int]] = {}
-    for at, question in enumerate(questions):
-        groups.setdefault(str(question.id), []).append(at)
-    each = list(groups.values())
-    taken = spread(len(each), max(1, limit * len(each) // len(questions))) if limit else range(len(each))
-    return sorted(at for number in taken for at in each[number])
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """The places of `limit` of `count` questions, evenly over them; of all for 0."""
-    return [i * count // limit for i in range(limit)] if 0 < limit < count else list(range(count))
 
 
 def shares(questions: Sequence[Question], places: Sequence[int], world: int) -> list[list[int]]:

@@ -14,9 +14,8 @@ from vistune import console
 from vistune.evaluate import official, score
 from vistune.evaluate.answering import Said
 from vistune.evaluate.benchmarks import Benchmark, named
-from vistune.evaluate.items import Answer, Question, Result
+from vistune.evaluate.items import Answer, Question, Result, limited, spread
 from vistune.evaluate.official import Place
-from vistune.evaluate.run import limited, spread
 from vistune.recipe import Evaluate
 
 
