@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.tiny import tiny_language, tiny_vision
 from vistune import recipe as recipes
 from vistune.models.assemble import assemble
+from vistune.samples import Image as Picture
 
 WORDS = "the red cup stands on a small wooden table near two green boats and one tall old tree by the lake"
 
@@ -44,6 +46,14 @@ def made_data(folder: Path, rows: int = 24, seed: int = 0) -> Path:
     path = folder / "data.json"
     path.write_text(json.dumps(conversations))
     return path
+
+
+def noise_in(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[Picture]:
+    """Pictures of noise of these widths and heights, the same ones every time."""
+    for i, (width, height) in enumerate(sizes):
+        noise = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    return [Picture(path=str(folder / f"{i}.png")) for i in range(len(sizes))]
 
 
 def _sentence(draw: random.Random, least: int, most: int) -> str:

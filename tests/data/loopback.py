@@ -121,23 +121,29 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is what some tests are about."""
+
+
+@contextmanager
+def up(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on the loopback inside the block, ended with it: its address."""
+    server = _Quiet(("127.0.0.1", 0), handler)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextmanager
 def serving() -> Iterator[Server]:
     """Up inside the block, ended with it."""
     told = Server()
-    handler = type("Told", (Handler,), {"told": told})
-    server = _Quiet(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    told.address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with up(type("Told", (Handler,), {"told": told})) as told.address:
         yield told
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

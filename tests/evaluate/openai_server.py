@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Lock
 from time import sleep
 from typing import Any
+
+from tests.data.loopback import up
 
 Messages = list[dict[str, Any]]
 
@@ -128,24 +130,10 @@ def _error(said: str, **more: Any) -> dict[str, Any]:
     return {"error": {"message": said, "type": "test", "param": None, "code": None} | more}
 
 
-class _Quiet(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is what some tests are about."""
-
-
 @contextmanager
 def serving(**manners: Any) -> Iterator[OpenAIServer]:
     """Up inside the block, ended with it. `manners`: fields of `OpenAIServer`."""
     told = OpenAIServer(**manners)
-    server = _Quiet(("127.0.0.1", 0), type("Told", (Handler,), {"told": told}))
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    told.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    try:
+    with up(type("Told", (Handler,), {"told": told})) as address:
+        told.url = f"{address}/v1"
         yield told
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 from tests.each_family import each_family, folders_in
+from tests.made import noise_in
 from vistune import asking, decoding
 from vistune.decoding import PATIENCE, Prompt, Settings, decode, marked, prompt, stop_ids
 from vistune.evaluate.answering import Local, Said, is_near_tie
@@ -24,11 +23,7 @@ SIZES = [(70, 40), (56, 56), (30, 90), (200, 64)]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures")
-    for i, size in enumerate(SIZES):
-        noise = np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-        PIL.Image.fromarray(noise).save(path / f"{i}.png")
-    return [Image(path=str(path / f"{i}.png")) for i in range(len(SIZES))]
+    return noise_in(tmp_path_factory.mktemp("pictures"), SIZES)
 
 
 @pytest.fixture(scope="module")

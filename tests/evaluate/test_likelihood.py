@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 from tests.each_family import each_family, folders_in
+from tests.made import noise_in
 from vistune import chat, decoding
 from vistune.evaluate.likelihood import Likelihood, likelihoods
 from vistune.models.load import Loaded, load
@@ -19,11 +18,7 @@ ANSWERS = ["red", "It is a small cat, I think", "no", "Seven of them"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[Image]:
-    path = tmp_path_factory.mktemp("pictures")
-    for i, size in enumerate(SIZES):
-        noise = np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-        PIL.Image.fromarray(noise).save(path / f"{i}.png")
-    return [Image(path=str(path / f"{i}.png")) for i in range(len(SIZES))]
+    return noise_in(tmp_path_factory.mktemp("pictures"), SIZES)
 
 
 @pytest.fixture(scope="module")
