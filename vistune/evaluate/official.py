@@ -152,10 +152,11 @@ def _text(row: dict[str, Any], instead: Sequence[str]) -> str | None:
 
 
 def write(path: Path, text: str) -> Path:
-    """What an official scorer takes; never half of it, and its folder is made. Returns the path."""
+    """What an official scorer takes, or what is kept beside it; never half of it, and its folder is made. Returns the
+    path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", newline="\n")
     return beside.replace(path)
 
 

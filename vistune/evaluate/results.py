@@ -18,7 +18,7 @@ from vistune.evaluate.benchmarks import Benchmark, benchmarks
 from vistune.evaluate.items import Question, item, limited
 from vistune.evaluate.official import Place
 from vistune.evaluate.subject import Settings, Subject
-from vistune.evaluate.written import ASKED, Written, replace
+from vistune.evaluate.written import ASKED, Written
 from vistune.samples import Image
 
 
@@ -166,8 +166,8 @@ def _quoted(found: dict[str, Any]) -> str:
 
 
 def _json(path: Path, value: Any) -> None:
-    replace(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    official.write(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def _lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    official.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

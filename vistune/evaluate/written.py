@@ -7,7 +7,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 from vistune import console, ranks
 from vistune.asking import Said
+from vistune.evaluate import official
 from vistune.evaluate.items import Answer, Key, Question
 from vistune.models import hub
 
@@ -53,7 +53,7 @@ class Written:
                 f"{self.folder}: holds answers, and {ASKED} does not say whose; give another --out, or remove it"
             )
         else:
-            replace(note, json.dumps(asked, indent=2) + "\n")
+            official.write(note, json.dumps(asked, indent=2) + "\n")
         self._held = _hold(note)
         self.rows = self._read()
         self._gather(PART.format(rank=0))
@@ -104,7 +104,7 @@ class Written:
         rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows if row is not None]
         others = [path for path in self._parts() if path.name != name]
         if rows:
-            replace(self.folder / name, "".join(rows))
+            official.write(self.folder / name, "".join(rows))
         for path in others:
             path.unlink()
 
@@ -171,12 +171,6 @@ def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     raise ValueError(
         f"{folder}: holds answers of another evaluation: {differs}{models}; give another --out, or remove it"
     )
-
-
-def replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
 
 
 def questions_hash(questions: Sequence[Question]) -> str:
