@@ -42,7 +42,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "preflight": (9, ("preflight",)),
     "doctor": (9, ("doctor",)),
     "report": (9, ("report",)),
-    "cli": (10, ("cli", "cli_data", "cli_evaluate", "cli_models", "cli_preflight", "__main__")),
+    "cli": (10, ("cli", "cli_data", "cli_evaluate", "cli_models", "cli_preflight", "cli_serve", "__main__")),
 }
 
 LATE: dict[str, str] = {
@@ -57,19 +57,19 @@ LATE: dict[str, str] = {
     "webdataset": "extra data",
     "datasets": "extra data",
     "lmms_eval": "extra lmms-eval",
-    "fastapi": "extra serve",
-    "uvicorn": "extra serve",
-    "prometheus_client": "extra serve",
     "peft": "takes seconds to import, and only LoRA needs it",
     "torch.nn.attention.varlen": "not on every device and build",
 }
 LATE_FILES = dict.fromkeys(
-    ("__main__.py", "cli.py", "cli_data.py", "cli_evaluate.py", "cli_models.py", "cli_preflight.py"),
+    ("__main__.py", "cli.py", "cli_data.py", "cli_evaluate.py", "cli_models.py", "cli_preflight.py", "cli_serve.py"),
     "a verb imports its room when it is asked for, so that --help answers at once",
 )
 
-EXTRA_FILES = {"evaluate/lmms_model.py": {"lmms_eval"}}
-"""What a file that only an extra's own program imports may take from it at the top."""
+EXTRA_FILES = {
+    "evaluate/lmms_model.py": {"lmms_eval"},
+    "serve/": {"fastapi", "starlette", "uvicorn", "prometheus_client", "httpx"},
+}
+"""What a file (or all of a folder) that only an extra's own program imports may take from it at the top."""
 
 SAME_AS = {"PIL": "pillow", "huggingface_hub": "transformers", "yaml": "pyyaml"}
 """Import name -> the dependency in pyproject.toml that brings it, where the names differ."""
@@ -221,7 +221,8 @@ def test_what_is_imported_at_the_top_is_a_dependency(path: Path) -> None:
     late = {id(node) for node, _ in late_imports(path)}
     tops = {name.split(".")[0] for node, name in imports(path) if id(node) not in late}
     foreign = {top for top in tops if top not in sys.stdlib_module_names and top != "vistune"}
-    extra = EXTRA_FILES.get(path.relative_to(PACKAGE).as_posix(), set())
+    place = path.relative_to(PACKAGE).as_posix()
+    extra = set().union(*(tops for prefix, tops in EXTRA_FILES.items() if place.startswith(prefix)))
     unknown = {top for top in foreign - extra if SAME_AS.get(top, top) not in installed}
     assert not unknown, f"{unknown}: not among the dependencies of pyproject.toml"
 
