@@ -33,6 +33,10 @@ _REACH: dict[int, float] = {
 }
 """How far a pixel of the result reaches to either side, in its own width or the source's pixels, whichever is more."""
 
+_OPENINGS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WEBP"}
+"""First bytes -> Pillow's name. What begins so is read as that alone: some of Pillow's many other formats are known by
+bytes further on, so one file could be two pictures, and looking for WebP among them all takes long."""
+
 RGB = tuple[float, float, float]
 Mode = Literal["square", "pad"]
 
@@ -62,7 +66,7 @@ class Picture:
         self._files = ExitStack()
         with _named(image.path), ExitStack() as opening:
             stream = opening.enter_context(_source(image))
-            self._opened = opening.enter_context(PIL.Image.open(stream))
+            self._opened = opening.enter_context(PIL.Image.open(stream, formats=_formats(stream)))
             width, height = self.size = self._opened.size
             self.format = self._opened.format or ""
             if width * height > MAX_PIXELS:
@@ -129,6 +133,13 @@ def _named(path: str) -> Iterator[None]:
         raise ImageError("image_broken", path, "not an image that Pillow knows") from error
     except Exception as error:
         raise ImageError("image_broken", path, f"{type(error).__name__}: {error}") from error
+
+
+def _formats(stream: Any) -> list[str] | None:
+    """The one format that the stream's first bytes say; None: any that Pillow knows."""
+    start = stream.read(8)
+    stream.seek(0)
+    return next(([name] for opening, name in _OPENINGS.items() if start.startswith(opening)), None)
 
 
 def _source(image: Image) -> Any:
