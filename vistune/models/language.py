@@ -1,4 +1,5 @@
-"""A causal language model inside a vision-language model: its forward over a pack, and the operations that takes.
+"""A causal language model inside a vision-language model: its forward over a pack, or over rows that go on, and the
+operations that takes.
 
 Shapes: T tokens of a pack, D the language model's width. Knows no family and nothing of what pictures are.
 """
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistune.models import attention
+from vistune.models import attention, mpt
 from vistune.models.flops import Piece, causal_pairs, learns, linear_weights
 
 
@@ -29,6 +30,25 @@ def hidden(language: Any, embeds: Tensor, positions: Tensor, lengths: Sequence[i
         segments=attention.segments(lengths, embeds.device),
     )
     return out.last_hidden_state.squeeze(0)
+
+
+def go_on(language: Any, embeds: Tensor, kv: Any, places: attention.Places) -> Tensor:
+    """Last hidden states of a stock language model over new positions of several rows: [n, c, D] -> [n, c, D].
+
+    Its attention must be `attention.NAME`. `kv` (`vistune.models.kv.Kv`) is told of the `places` already; what stands
+    in padding comes back, and means nothing.
+    """
+    if language.config.model_type == "mpt":
+        return mpt.go_on(language, embeds, kv, places)
+    out = language(
+        inputs_embeds=embeds,
+        position_ids=places.positions,
+        attention_mask=attention.no_mask(embeds),
+        past_key_values=kv,
+        use_cache=True,
+        places=places,
+    )
+    return out.last_hidden_state
 
 
 def placeholders(ids: Tensor, token: int, expected: int, what: str) -> Tensor | None:

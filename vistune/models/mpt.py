@@ -1,4 +1,4 @@
-"""MPT over a pack: ALiBi and causal attention inside each sample, through the stock blocks.
+"""MPT over a pack, or over rows that go on: ALiBi and causal attention inside each sample, through the stock blocks.
 
 MPT has no rotary positions and no attention that `transformers` lets one replace. Knows nothing of pictures.
 """
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mpt.modeling_mpt import MptAttention
 
+from vistune.models.attention.rows import Places
+
 
 @dataclass(frozen=True)
 class _Pack:
@@ -24,8 +26,16 @@ class _Pack:
     biases: dict[int, Tensor]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that go on: where keys and values lie, and the bias [n,H,c,L] of their new positions."""
+
+    kv: Any
+    bias: Tensor
+
+
 class PackedMptAttention(MptAttention):
-    """The stock attention, which inside a pack attends in each sample by itself."""
+    """The stock attention, which inside a pack attends in each sample by itself, and in rows in each row."""
 
     @torch.compiler.disable  # it would be compiled anew for every pack's lengths
     def forward(
@@ -36,17 +46,28 @@ class PackedMptAttention(MptAttention):
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
+        if isinstance(attention_mask, _Rows):
+            return self.out_proj(self._in_rows(hidden_states, attention_mask)), None
         if not isinstance(attention_mask, _Pack):
             return super().forward(hidden_states, position_bias, past_key_values, attention_mask, **kwargs)
-        mixed = self.Wqkv(hidden_states)
-        if self.clip_qkv:
-            mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+        mixed = self._mixed(hidden_states)
         sizes = [length * count for length, count in attention_mask.runs]
         outs = [
             self._inside(piece, *run, attention_mask)
             for run, piece in zip(attention_mask.runs, mixed[0].split(sizes), strict=True)
         ]
         return self.out_proj(torch.cat(outs).to(mixed.dtype).unsqueeze(0)), None
+
+    def _mixed(self, hidden: Tensor) -> Tensor:
+        mixed = self.Wqkv(hidden)
+        return mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv) if self.clip_qkv else mixed
+
+    def _in_rows(self, hidden: Tensor, rows: _Rows) -> Tensor:
+        """[n, c, D] -> [n, c, D]. The bias is added in fp32, as it is in packs."""
+        heads = self._mixed(hidden).unflatten(2, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        key, value = rows.kv.update(*heads[1:], self.layer_idx)
+        scores = (heads[0] @ key.transpose(2, 3)).float() * self.softmax_scale + rows.bias
+        return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
     def _inside(self, mixed: Tensor, length: int, count: int, pack: _Pack) -> Tensor:
         """`count` samples of `length` tokens: [count * length, 3 * D] -> [count * length, D]. In fp32: half precision
@@ -69,15 +90,31 @@ def hidden(language: Any, embeds: Tensor, lengths: Sequence[int]) -> Tensor:
             f"a sample has {longest} tokens, this MPT was made for {language.config.max_seq_len} "
             "(text_config.max_seq_len); lower data.length"
         )
-    for block in language.blocks:
-        if type(block.attn) is MptAttention:
-            block.attn.__class__ = PackedMptAttention
+    _replace_attention(language)
     runs = tuple((length, len(list(run))) for length, run in itertools.groupby(kept))
     pack = _Pack(runs, {length: _bias(language, length, embeds.device) for length in set(kept)})
     states = embeds.unsqueeze(0)
     for block in language.blocks:
         states = block(states, None, pack)[0]
     return language.norm_f(states).squeeze(0)
+
+
+def go_on(language: Any, embeds: Tensor, kv: Any, places: Places) -> Tensor:
+    """As `vistune.models.language.go_on`."""
+    _replace_attention(language)
+    away = (places.positions.unsqueeze(2) - torch.arange(places.seen, device=embeds.device)).unsqueeze(1)
+    one_away = language.build_mpt_alibi_tensor(language.num_heads, 2, device=embeds.device)[:, :, :1].float()
+    rows = _Rows(kv, (one_away * away).masked_fill(away < 0, float("-inf")))
+    states = embeds
+    for block in language.blocks:
+        states = block(states, None, rows)[0]
+    return language.norm_f(states)
+
+
+def _replace_attention(language: Any) -> None:
+    for block in language.blocks:
+        if type(block.attn) is MptAttention:
+            block.attn.__class__ = PackedMptAttention
 
 
 def _bias(language: Any, length: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Attention over a pack: several samples in one row, none of which sees another.
 
-Registered with `transformers` as "vistune_packed". A forward that is given `segments` attends inside each of them; one
-that is not behaves as the stock "sdpa" (masks included), so the same model packs in training and generates.
-Knows nothing of models or of what the segments hold.
+Registered with `transformers` as "vistune_packed". A forward that is given `segments` attends inside each of them, one
+that is given `places` in rows that go on (`rows`); any other behaves as the stock "sdpa" (masks included), so the same
+model packs in training, generates and serves. Knows nothing of models or of what the segments hold.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vistune.models.attention import packed, sdpa
+from vistune.models.attention import packed, rows, sdpa
 from vistune.models.attention.choice import KERNELS, Choice, chosen, prefer
 from vistune.models.attention.packs import Heads, Pack, Segments
+from vistune.models.attention.rows import Places
 
 __all__ = [
     "KERNELS",
     "NAME",
     "Choice",
     "Heads",
+    "Places",
     "Segments",
     "attend",
     "chosen",
@@ -108,12 +110,17 @@ def attend(
     scaling: float | None = None,
     segments: Segments | None = None,
     sliding_window: int | None = None,
+    places: Places | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function `transformers` calls: query [B,H,T,d], key and value [B,K,T,d] -> [B,T,H,d]. Packs have B = 1.
 
     `module.is_causal` False: every position of a segment sees the whole segment, as in a vision tower.
     """
+    if places is not None:
+        compute, result = _types(query, value)
+        q, k, v = query.to(compute), key.to(compute), value.to(compute)
+        return rows.attend(q, k, v, places, scaling, sliding_window).to(result), None
     if segments is None:
         return _stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     assert query.shape[0] == 1, "a pack is one row"

@@ -76,6 +76,14 @@ class Family(Protocol):
         """Packed forward up to (not including) the head: ids, positions [T] -> [T, D]. `pixels` and `grids` (int64
         [N, 3], on the host) are those of `vistune.data.batch.Batch`, normalized."""
 
+    def features(self, model: nn.Module, pixels: Tensor, grids: Tensor | None, each: Sequence[int]) -> Tensor:
+        """What the language model is given in the places of pictures: `pixels` and `grids` as `hidden` takes them ->
+        [tokens of all pictures, D]. `each`: how many of these every sample has, in order; its attention must be
+        `attention.NAME`."""
+
+    def language(self, model: nn.Module) -> nn.Module:
+        """The stock text model, without the head."""
+
     def inputs(self, pixels: list[Tensor], grids: list[tuple[int, int, int]]) -> dict[str, Tensor]:
         """The images of a call of the class's own forward or `generate`, each normalized, as keyword arguments."""
 

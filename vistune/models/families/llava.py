@@ -113,9 +113,16 @@ class Llava:
         where = lm.placeholders(ids, inner.config.image_token_id, images * each, f"{images} images of {each} tokens")
         embeds = inner.get_input_embeddings()(ids)
         if pixels is not None and where is not None:
-            features = inner.multi_modal_projector(self.see(inner, pixels))
-            embeds = lm.splice(embeds, where, features.flatten(0, 1))
+            embeds = lm.splice(embeds, where, self.features(model, pixels, grids))
         return self.read(inner.language_model, embeds, positions, lengths)
+
+    def features(self, model: nn.Module, pixels: Tensor, grids: Tensor | None, each: Sequence[int] = ()) -> Tensor:
+        inner: Any = model.model
+        return inner.multi_modal_projector(self.see(inner, pixels)).flatten(0, 1)
+
+    def language(self, model: nn.Module) -> nn.Module:
+        inner: Any = model.model
+        return inner.language_model
 
     def tokens(self, config: Any, side: int | None) -> int:
         """How many tokens an image of `side` pixels gives; None: of the side that config.json says."""

@@ -126,11 +126,13 @@ class LlavaNext(Llava):
         where = lm.placeholders(ids, inner.config.image_token_id, len(rows), said)
         embeds = inner.get_input_embeddings()(ids)
         if pixels is not None and where is not None:
-            assert grids is not None and int(grids[:, 0].sum()) == len(pixels), "tiles of other images than the grids'"
-            tiles = inner.multi_modal_projector(clip.see(inner.vision_tower, pixels, inner.config))
-            table = torch.cat([tiles.flatten(0, 1), inner.image_newline[None].to(tiles.dtype)])
-            embeds = lm.splice(embeds, where, table.index_select(0, _moved(rows, ids.device)))
+            embeds = lm.splice(embeds, where, _laid(inner, pixels, grids, rows))
         return self.read(inner.language_model, embeds, positions, lengths)
+
+    def features(self, model: nn.Module, pixels: Tensor, grids: Tensor | None, each: Sequence[int] = ()) -> Tensor:
+        assert grids is not None
+        inner: Any = model.model
+        return _laid(inner, pixels, grids, feature_rows(grids, inner.config))
 
     def stored_name(self, name: str) -> str:
         return NEWLINE if name == f"model.{NEWLINE}" else super().stored_name(name)
@@ -149,6 +151,14 @@ class LlavaNext(Llava):
         tiles = 0 if grids is None else int(grids[:, 0].sum())
         assert tiles or not images
         return super().flops(config, lengths=lengths, images=tiles, supervised=supervised, learn=learn)
+
+
+def _laid(inner: Any, pixels: Tensor, grids: Tensor | None, rows: Tensor) -> Tensor:
+    """Features of all tiles, laid as `rows` (of `feature_rows`) says."""
+    assert grids is not None and int(grids[:, 0].sum()) == len(pixels), "tiles of other images than the grids'"
+    tiles = inner.multi_modal_projector(clip.see(inner.vision_tower, pixels, inner.config))
+    table = torch.cat([tiles.flatten(0, 1), inner.image_newline[None].to(tiles.dtype)])
+    return table.index_select(0, _moved(rows, pixels.device))
 
 
 def feature_rows(grids: Tensor, config: Any) -> Tensor:

@@ -191,9 +191,16 @@ class OneVision15:
             each = (
                 [int((one == model.config.image_token_id).sum()) for one in ids.split(list(lengths))] if legacy else []
             )
-            features = model.visual.merger(rice.see(model.visual, pixels, grids, each))
-            embeds = lm.splice(embeds, where, features)
+            embeds = lm.splice(embeds, where, self.features(model, pixels, grids, each))
         return lm.hidden(model.model, embeds, positions, lengths)
+
+    def features(self, model: Any, pixels: Tensor, grids: Tensor | None, each: Sequence[int] = ()) -> Tensor:
+        assert grids is not None
+        return model.visual.merger(rice.see(model.visual, pixels, grids, each))
+
+    def language(self, model: nn.Module) -> nn.Module:
+        inner: Any = model
+        return inner.model
 
     def stored_name(self, name: str) -> str:
         return name

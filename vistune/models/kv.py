@@ -1,0 +1,186 @@
+"""Keys and values of requests that are answered together: a row for each, which begins at 0 and has its own length.
+
+Knows nothing of requests, and of a model no more than what its layers hand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vistune.models.attention.rows import Places, moved
+
+
+@dataclass
+class _Writing:
+    """Where a call of the model writes, and what it reads."""
+
+    places: Places
+    first: int
+    rows: list[int]
+    kept: Tensor | None
+    """Which of the new positions, rows end to end, are no padding; None: all of them."""
+    at: Tensor
+    """The row and the place of each of those: int64 [2, T]."""
+    chosen: Tensor | None
+    """The rows that are read where they are not neighbours, from `first` on."""
+    flat: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Kv(Cache):
+    """`past_key_values` of a stock language model. For each layer a tensor [rows, heads, room, width] of keys and one
+    of values, made when the layer first hands some in.
+
+    Rows 0 to n - 1, or any neighbours in order, are read where they lie; others are copied for the time of a call.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(layers=[])
+        self.device = device
+        self.rows = self.room = 0
+        self.lengths: list[int] = []
+        """Places of each row that hold something of its request."""
+        self._layers: list[list[Tensor]] = []
+        self._writing: _Writing | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pair in self._layers for tensor in pair)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Room for at least so many rows of so many tokens, and no more than the larger of this and what there is.
+        Layer by layer: only one of them is held twice."""
+        self._resize(max(rows, self.rows), max(tokens, self.room))
+
+    def shrink(self, rows: int, tokens: int) -> None:
+        """Give back what lies beyond so many rows of so many tokens; it must not be in use."""
+        assert not any(self.lengths[rows:]) and max(self.lengths, default=0) <= tokens, "rows in use would be cut"
+        self._resize(min(rows, self.rows), min(tokens, self.room))
+
+    @torch.no_grad()
+    def move(self, source: int, target: int) -> None:
+        """What row `source` holds is in row `target` then, and `source` is free."""
+        if source == target:
+            return
+        length, before = self.lengths[source], self.lengths[target]
+        for tensor in self._tensors():
+            tensor[target, :, :length] = tensor[source, :, :length]
+            tensor[target, :, length:before] = 0
+        self.lengths[target] = length
+        self.free(source)
+
+    @torch.no_grad()
+    def swap(self, one: int, other: int) -> None:
+        length = max(self.lengths[one], self.lengths[other])
+        if one == other or not length:
+            return
+        for tensor in self._tensors():
+            held = tensor[one, :, :length].clone()
+            tensor[one, :, :length] = tensor[other, :, :length]
+            tensor[other, :, :length] = held
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+
+    @torch.no_grad()
+    def free(self, row: int) -> None:
+        """Forget what a row holds. It is overwritten: what is not seen is multiplied by 0, which a number that is none
+        would survive, and the next request would end of the last one's."""
+        for tensor in self._tensors():
+            tensor[row, :, : self.lengths[row]] = 0
+        self.lengths[row] = 0
+
+    @contextmanager
+    def writing(
+        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], width: int
+    ) -> Iterator[Places]:
+        """While this is open a model hands in `counts[i]` new positions of `rows[i]` from `starts[i]` on, in rows of
+        `width`: from where the row ends, or from 0. A row that starts at 0 is another request's from here on."""
+        assert len(set(rows)) == len(rows) and max(rows) < self.rows, f"rows {rows} of {self.rows}"
+        for row, start in zip(rows, starts, strict=True):
+            if start == 0 and self.lengths[row]:
+                self.free(row)
+            assert start == self.lengths[row], f"row {row} ends at {self.lengths[row]}, not at {start}"
+        places = Places(starts, counts, width, self.room, self.device)
+        assert places.longest <= self.room, f"{places.longest} places of {self.room}"
+        self._writing = _plan(list(rows), counts, places)
+        try:
+            yield places
+        finally:
+            self._writing = None
+            for row, start, count in zip(rows, starts, counts, strict=True):
+                self.lengths[row] = start + count
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """New keys and values [n, heads, c, width] of a layer -> those of the rows up to the longest's end."""
+        if layer_idx == len(self._layers):
+            self._layers.append([self._new(key_states), self._new(value_states)])
+        keys, values = self._layers[layer_idx]
+        return self._write(keys, key_states), self._write(values, value_states)
+
+    def _write(self, held: Tensor, new: Tensor) -> Tensor:
+        """`new` into its places; what is read: [n, heads, L, width]."""
+        now = self._writing
+        assert now is not None, "no rows were said to be written"
+        heads, wide = held.shape[1], held.shape[3]
+        source = new.transpose(1, 2).reshape(-1, heads, wide)
+        if now.kept is not None:
+            source = source.index_select(0, now.kept)
+        if heads not in now.flat:
+            row, place = now.at.unsqueeze(2)
+            now.flat[heads] = ((row * heads + torch.arange(heads, device=self.device)) * self.room + place).view(-1)
+        held.view(-1, wide).index_copy_(0, now.flat[heads], source.reshape(-1, wide).to(held.dtype))
+        if now.chosen is not None:
+            return held[:, :, : now.places.seen].index_select(0, now.chosen)
+        return held[now.first : now.first + len(now.rows), :, : now.places.seen]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for pair in self._layers:
+            yield from pair
+
+    def _new(self, like: Tensor) -> Tensor:
+        """Zeros, since what is not seen is multiplied by 0 all the same."""
+        return like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3])
+
+    @torch.no_grad()
+    def _resize(self, rows: int, room: int) -> None:
+        if (rows, room) == (self.rows, self.room):
+            return
+        both, places = min(rows, self.rows), min(room, self.room)
+        self.rows, self.room = rows, room
+        self.lengths = [*self.lengths[:rows], *[0] * (rows - len(self.lengths))]
+        for pair in self._layers:
+            for number, old in enumerate(pair):
+                pair[number] = self._new(old)
+                pair[number][:both, :, :places] = old[:both, :, :places]
+                del old
+
+    # What else a stock class may ask of what it is given as `past_key_values`.
+
+    is_compileable = False
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self._writing is None else self._writing.places.longest - self._writing.places.width
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        assert self._writing is not None
+        return self._writing.places.seen, 0
+
+
+def _plan(rows: list[int], counts: Sequence[int], places: Places) -> _Writing:
+    width, device = places.width, places.device
+    row_of = moved(rows, device)
+    at = torch.stack([row_of.unsqueeze(1).expand_as(places.positions), places.positions]).flatten(1)
+    kept = None
+    if any(count != width for count in counts):
+        kept = moved([i * width + each for i, count in enumerate(counts) for each in range(count)], device)
+        at = at.index_select(1, kept)
+    neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
+    return _Writing(places, rows[0], rows, kept, at, None if neighbours else row_of)
