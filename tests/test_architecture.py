@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data": (3, ("data",)),
     "models": (3, ("models",)),
     "inputs": (4, ("inputs",)),
-    "generate": (5, ("generate", "asking", "decoding")),
+    "generate": (5, ("generate", "asking", "decoding", "speech")),
     "evaluate": (6, ("evaluate",)),
     "train": (7, ("train",)),
     "prove": (8, ("prove",)),

@@ -19,6 +19,23 @@ from transformers.generation.streamers import BaseStreamer
 from vistune import chat, images
 from vistune.models.load import Loaded
 from vistune.samples import IMAGE_ID, IMAGE_MARK, Image, Message
+from vistune.speech import spoken, stop_ids
+
+__all__ = [
+    "New",
+    "Prompt",
+    "Settings",
+    "Shown",
+    "asked",
+    "decode",
+    "laid",
+    "marked",
+    "prompt",
+    "shown",
+    "spoken",
+    "stop_ids",
+    "together",
+]
 
 PATIENCE = 16
 """Steps between looks at whether half of the rows have ended; those are then taken out of the batch."""
@@ -216,24 +233,6 @@ def _pad(loaded: Loaded) -> int:
     """Never seen, so any id but the image's will do."""
     pad = loaded.tokenizer.pad_token_id
     return pad if pad is not None else 0
-
-
-def stop_ids(loaded: Loaded) -> set[int]:
-    """Ids that end an answer: the model's and tokenizer's end, and the template's stop where that is one token."""
-    model: Any = loaded.model
-    ends = model.generation_config.eos_token_id
-    found = set(ends if isinstance(ends, list) else [ends]) | {loaded.tokenizer.eos_token_id}
-    found.add(loaded.tokenizer.get_added_vocab().get(loaded.template.stop_string))
-    return {one for one in found if one is not None}
-
-
-def spoken(loaded: Loaded, ids: Sequence[int]) -> str:
-    """What the ids say, up to what ends an answer, without spaces around it."""
-    ends = stop_ids(loaded)
-    length = next((i for i, one in enumerate(ids) if one in ends), len(ids))
-    said = loaded.tokenizer.decode(ids[:length], skip_special_tokens=True).lstrip()
-    stop = loaded.template.stop_string
-    return (said.partition(stop)[0] if stop else said).rstrip()
 
 
 class _Stop(StoppingCriteria):

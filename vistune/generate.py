@@ -5,7 +5,6 @@ Knows nothing of benchmarks or servers.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from vistune import console, images, ranks
 from vistune.asking import Question, Said, answers
-from vistune.decoding import Prompt, Settings, decode, marked, prompt, spoken
+from vistune.decoding import Prompt, Settings, decode, marked, prompt
 from vistune.models.load import Loaded, load
 from vistune.models.quantize import load_quantized
 from vistune.samples import Image, Message
+from vistune.speech import Speech, Tongue
 
 __all__ = [
     "Chat",
@@ -118,37 +118,15 @@ def _run(loaded: Loaded, made: Prompt, settings: Settings, pieces: _Pieces, told
 
 
 def _readable(loaded: Loaded, queue: Queue[int | BaseException | None]) -> Iterator[str]:
-    """Text as far as it is certain: no half characters, no beginning of a stop string, no space that may end it."""
-    stop = loaded.template.stop_string
-    ids: list[int] = []
-    said = ""
+    """Text as far as it is certain."""
+    speech = Speech(Tongue(loaded))
     while (one := queue.get()) is not None:
         if isinstance(one, BaseException):
             raise one
-        ids.append(one)
-        so_far = spoken(loaded, _settled(loaded, ids)).rstrip("\ufffd")
-        held = next((n for n in range(len(stop) - 1, 0, -1) if so_far.endswith(stop[:n])), 0)
-        certain = so_far[: len(so_far) - held]
-        if certain.startswith(said) and len(certain) > len(said):
-            yield certain[len(said) :]
-            said = certain
-    whole = spoken(loaded, ids)
-    if len(whole) > len(said):
-        yield whole[len(said) :]
-
-
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-def _settled(loaded: Loaded, ids: list[int]) -> list[int]:
-    """`ids` without the single bytes at their end: what those say depends on the bytes that follow."""
-    end = len(ids)
-    while end and _BYTE.fullmatch(loaded.tokenizer.convert_ids_to_tokens(ids[end - 1]) or ""):
-        end -= 1
-    return ids[:end]
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        if piece := speech.add(one):
+            yield piece
+    if piece := speech.close():
+        yield piece
 
 
 def open_model(
