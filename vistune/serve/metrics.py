@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 from vistune import __version__
-from vistune.serve.work import State
+
+if TYPE_CHECKING:
+    from vistune.serve.work import State  # which brings torch, and the process in front of workers has none
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

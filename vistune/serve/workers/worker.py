@@ -1,0 +1,75 @@
+"""One worker as requests see it: where it listens, whether it is ready, how many it is answering.
+
+Knows nothing of processes, nor of what is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CONNECT = 10.0
+"""Seconds in which a server that is there takes a connection on a Unix socket; after more its loop stands still."""
+
+
+class Worker:
+    """A server on a Unix socket at `place`. Connections are not kept: a Unix one costs nothing, and one that the other
+    side has just closed can then not be used again."""
+
+    def __init__(self, number: int, place: Path):
+        self.number, self.place = number, place
+        self.ready = False
+        self.busy = 0
+        """Requests that it has now."""
+        self.state = "starting"
+        self.starts = 0
+        none_kept = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(place), limits=none_kept), trust_env=False
+        )
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.busy -= 1
+
+    async def send(
+        self,
+        method: str,
+        target: bytes,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes = b"",
+        read: float | None = None,
+    ) -> httpx.Response:
+        """Its answer, begun; whoever asked closes it. `read`: seconds for which it may be silent, for ever unless said:
+        it has deadlines of its own. httpx.HTTPError."""
+        waits = {"connect": CONNECT, "read": read, "write": None, "pool": None}
+        extensions: dict[str, Any] = {"timeout": waits, "target": target}
+        request = httpx.Request(method, "http://worker/", headers=headers, content=body, extensions=extensions)
+        return await self._client.send(request, stream=True)
+
+    async def get(self, path: str, seconds: float) -> httpx.Response:
+        """The whole answer to a small question of the front's own. httpx.HTTPError."""
+        answer = await self.send("GET", path.encode(), [(b"host", b"localhost")], read=seconds)
+        try:
+            await answer.aread()
+        finally:
+            await answer.aclose()
+        return answer
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def least_busy(workers: list[Worker], turn: int, tried: list[Worker]) -> Worker | None:
+    """The ready one with the fewest requests, those that were `tried` left out; equals take turns."""
+    count = len(workers)
+    free = [one for one in workers if one.ready and one not in tried]
+    return min(free, key=lambda one: (one.busy, (one.number - turn) % count), default=None)
