@@ -21,7 +21,7 @@ from vistune.serve.shelf import Shelf, open_shelf
 
 @dataclass
 class Serving:
-    """A server that answers at `url` (without a slash at its end); `shelf` is what it serves, `name` its first model."""
+    """A server that answers at `url` (no slash at its end); `shelf` is what it serves, `name` its first model."""
 
     url: str
     shelf: Shelf
@@ -37,7 +37,9 @@ class Serving:
 
     def idle(self, seconds: float = 10.0) -> bool:
         """Whether every row is free and nobody waits, within so many seconds."""
-        return until(lambda: all(not (s.running or s.waiting) for s in (e.state() for e in self.shelf.engines)), seconds)
+        return until(
+            lambda: all(not (s.running or s.waiting) for s in (e.state() for e in self.shelf.engines)), seconds
+        )
 
 
 def until(true: Any, seconds: float = 10.0) -> bool:
