@@ -55,7 +55,7 @@ class _File:
 
 
 def router(limits: Limits, votes: Path | None = None, *, name: str = "vistune") -> APIRouter:
-    """The page at `/`, its files under `/page/`, and `/votes` where `votes` names a file: without one there is no voting.
+    """The page at `/`, its files under `/page/`, and `/votes`: without a file `votes` there is no voting.
 
     `name` is what the page is headed with. Addresses in it are relative, or begin with the server's `--root-path`: the
     page is then right without the slash at the end of its own address too. Raises OSError where votes cannot be kept.
@@ -67,7 +67,8 @@ def router(limits: Limits, votes: Path | None = None, *, name: str = "vistune") 
 
     @made.get("/")
     async def page(request: Request) -> Response:
-        return _sent(request, _file(_at(index, request.scope.get("root_path", "")).encode(), "text/html; charset=utf-8"))
+        text = _at(index, request.scope.get("root_path", ""))
+        return _sent(request, _file(text.encode(), "text/html; charset=utf-8"))
 
     @made.get("/page/settings")
     async def settings() -> Response:

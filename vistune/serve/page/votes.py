@@ -5,6 +5,7 @@ Knows nothing of the page.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -136,6 +137,6 @@ class Votes:
                 raise Refused(507, f"the file of votes has its {self.most} bytes", code="votes_full")
             if os.write(file, data) != len(data):
                 os.ftruncate(file, size)
-                raise OSError(28, "no space left")
+                raise OSError(errno.ENOSPC, "no space left")
         finally:
             os.close(file)
