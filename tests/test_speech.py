@@ -129,6 +129,14 @@ def test_a_stop_ends_the_answer_with_the_token_that_completes_it(name):
     assert speech.add(ids[0]) == speech.close() == ""
 
 
+def test_a_border_inside_a_window_says_nothing_twice():
+    """Tokens that end with the first byte of a character, over and over."""
+    loaded = folder("qwen3", "")
+    token = next(one for one in vocabulary("qwen3")["broken"] if loaded.tokenizer.decode([one])[0] != "\ufffd")
+    for count in range(1, 60):
+        assert "".join(heard(loaded, [token] * count)[0]) == spoken(loaded, [token] * count)
+
+
 def test_a_stop_spelt_in_single_bytes_ends_the_answer_at_once():
     loaded = folder("llama")
     ids = loaded.tokenizer.convert_tokens_to_ids(["▁red", *(f"<0x{letter:02X}>" for letter in b"</s>!!")])

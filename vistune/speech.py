@@ -140,7 +140,8 @@ class Speech:
             first = self.tongue.text([self._window[border - 1]])
             if left + right == text and self.tongue.text(self._window[border - 1 :]) == first + right:
                 piece = self._settle(left)
-                self._window, self._known = self._window[border - 1 :], first
+                self._window = self._window[border - 1 :]
+                self._known = first + self._known[len(left) :]
                 return piece
         return ""
 
