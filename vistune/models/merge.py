@@ -25,6 +25,10 @@ ADAPTER_CONFIG, LEARNED = "adapter_config.json", "learned.safetensors"
 """peft's description of an adapter; and beside it what else learned, whole tensors by their names in the model."""
 _PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_OTHER = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
+    *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
+)
 _LORA = re.compile(r"\.(lora_[A-Za-z_]+)(?:\.default)?(\.\w+)?$")
 
 
@@ -59,6 +63,8 @@ def read_adapter(folder: Path) -> Learned:
             f"{folder}: init_lora_weights is {config.init_lora_weights!r}, which changes the base too; "
             "save it with peft's path_initial_model_for_weight_conversion first, which makes a plain LoRA of it"
         )
+    if other := [key for key in _OTHER if getattr(config, key, None)]:
+        raise ValueError(f"{folder}: {other[0]} makes another computation of it than a sum; only plain LoRA and DoRA")
     file = next((folder / name for name in _FILES if (folder / name).exists()), None)
     if file is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(_FILES)}; copy the adapter again")
@@ -116,6 +122,8 @@ def sort(tensors: Mapping[str, Entry], config: Any) -> Learned:
     for path, parts in learned.adapters.items():
         if not {"lora_A", "lora_B"} <= parts.keys():
             raise ValueError(f"adapter: {path} has {', '.join(sorted(parts))}; lora_A and lora_B belong together")
+        if config.use_dora != ("lora_magnitude_vector" in parts):
+            raise ValueError(f"adapter: {path}: use_dora is {config.use_dora}, but its tensors say otherwise")
     return learned
 
 
@@ -124,12 +132,21 @@ def fold(weight: Tensor, adapter: Mapping[str, Tensor], config: Any, path: str) 
 
     On the CPU, so that a run's own model and one that is merged later have the same bits.
     """
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight.to("cpu", torch.float32, copy=True), requires_grad=False)
+    layer = around(plain, adapter, config, path)
+    layer.merge()
+    return layer.get_base_layer().weight.data.to(weight.dtype)
+
+
+def around(linear: nn.Linear, adapter: Mapping[str, Tensor], config: Any, path: str) -> Any:
+    """peft's layer around `linear`, which stands at `path` in its model, with the adapter's values in fp32 on the CPU.
+    Nothing of `linear` changes, but that its weight has no gradient."""
     from peft import inject_adapter_in_model
     from peft.utils.other import get_pattern_key
 
     box = nn.Module()
-    box.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    box.layer.weight = nn.Parameter(weight.to("cpu", torch.float32, copy=True), requires_grad=False)
+    box.layer = linear
     one = copy.copy(config)
     # A layer may have a rank and an alpha of its own.
     one.r = adapter["lora_A"].shape[0]
@@ -137,13 +154,12 @@ def fold(weight: Tensor, adapter: Mapping[str, Tensor], config: Any, path: str) 
     one.lora_alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
     one.rank_pattern, one.alpha_pattern, one.modules_to_save, one.bias = {}, {}, None, "none"
     one.target_modules, one.exclude_modules, one.layers_to_transform, one.layers_pattern = {"layer"}, None, None, None
-    inject_adapter_in_model(one, box)
+    inject_adapter_in_model(one, box, low_cpu_mem_usage=True)
     layer: Any = box.layer
     for name, tensor in adapter.items():
         value = tensor.detach().to("cpu", torch.float32)
         getattr(layer, name)["default"].weight = nn.Parameter(value, requires_grad=False)
-    layer.merge()
-    return layer.get_base_layer().weight.data.to(weight.dtype)
+    return layer
 
 
 def merge(base: Path, out: Path, learned: Learned, note: str, **said: Any) -> Path:

@@ -18,11 +18,20 @@ from vistune.models import merge, weights
 from vistune.models.checkpoints import Checkpoint, hf, llava, llava_config, llava_names
 from vistune.models.checkpoints.llava_adapter import on_base, placed
 from vistune.models.families import Family
-from vistune.models.folders import read_config
+from vistune.models.folders import Described, read_config
 from vistune.models.weights import Entry
 
 OTHERS = "non_lora_trainables.bin"
 _PREFIX = "base_model.model."
+_PICTURES = {
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "image_aspect_ratio": "square",
+    "mm_use_im_start_end": False,
+    "s2": False,
+}
+"""How a picture becomes embeddings, in config.json's words, and what the original takes where one is not said."""
 
 
 class LoraPair:
@@ -41,11 +50,7 @@ class LoraPair:
 
     def read(self, folder: Path, *, base: Path | None, **said: Any) -> Checkpoint:
         """`base`: the language model's folder, or a whole LLaVA. What is merged keeps the base's type."""
-        if missing := [name for name in (OTHERS, "config.json") if not (folder / name).is_file()]:
-            raise ValueError(
-                f"{folder}: has an adapter but no {' and no '.join(missing)}; the original writes them at the end of a "
-                "run alone, so take the run's own folder, not a checkpoint inside it"
-            )
+        _refuse_half(folder)
         raw, adapter = read_config(folder), _adapter_file(folder)
         others = weights.of_file(folder / OTHERS)
         whole = on_base(raw, base, folder, f"{folder} ({self.name})")
@@ -90,6 +95,32 @@ class LoraPair:
         for name, said in ((llava.ADAPTER, origin["adapter_config"]), ("config.json", origin["config"])):
             text = json.dumps(said, indent=2, sort_keys=True) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def learned(folder: Path, said: Described) -> merge.Learned:
+    """The pair by the names of a model in memory, to be laid beside that instead of a base of its own. ValueError when
+    the pair is not whole, or its config.json says that pictures reach the language model otherwise than here."""
+    _refuse_half(folder)
+    llava_config.refuse_what_does_not_fit(said.config, said.family)
+    here, raw = llava_config.to_original(said, ""), read_config(folder)
+    otherwise = [
+        f"{key} is {raw.get(key, unsaid)!r} instead of {here.get(key, unsaid)!r}"
+        for key, unsaid in _PICTURES.items()
+        if (raw.get(key) or unsaid) != (here.get(key) or unsaid)
+    ]
+    if otherwise:
+        raise ValueError(f"{folder}: was trained on a model that sees otherwise than {said.folder}: {otherwise[0]}")
+    found = merge.read_adapter(folder)
+    found.whole |= _plain(weights.of_file(folder / OTHERS))
+    return _renamed(found, said.family)
+
+
+def _refuse_half(folder: Path) -> None:
+    if missing := [name for name in (OTHERS, "config.json") if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder}: has an adapter but no {' and no '.join(missing)}; the original writes them at the end of a "
+            "run alone, so take the run's own folder, not a checkpoint inside it"
+        )
 
 
 def _marks(tensors: Mapping[str, Entry], learned: merge.Learned, family: Family) -> dict[str, str]:
