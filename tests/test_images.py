@@ -17,7 +17,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from vistune.images import CLIP_MEAN, CLIP_STD, FixedLayout, ImageError, image_size, normalize, open_image
+from vistune import images
+from vistune.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FixedLayout,
+    ImageError,
+    image_header,
+    image_size,
+    normalize,
+    open_image,
+)
 from vistune.samples import Image
 
 GOLDEN = Path(__file__).parent / "golden" / "llava" / "images"
@@ -263,3 +273,22 @@ def test_long_and_thin(mode: str) -> None:
     side = 30_000 if mode == "pad" else 10_000_000
     with pytest.raises(ImageError, match="too long and thin"):
         layout.prepare(PIL.Image.new("RGB", (side, 1)))
+
+
+def test_a_tall_strip_is_padded_band_by_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly as its whole square would be, without that square: 1 x 20,000 pixels would take 1.6 GB."""
+    monkeypatch.setattr(images, "_BAND", 700)
+    tall = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (211, 17, 3), dtype=np.uint8))
+    layout = FixedLayout(mode="pad", size=56, resize=56)
+    square = PIL.Image.new("RGB", (211, 211), (122, 116, 104))
+    square.paste(tall, ((211 - 17) // 2, 0))
+    whole = np.asarray(square.resize((56, 56), layout.resample)).transpose(2, 0, 1)
+    assert np.array_equal(layout.prepare(tall), whole)
+
+
+def test_a_file_that_begins_as_one_format_is_never_read_as_another() -> None:
+    """Photo CD is known by bytes 2048 on, so a WebP that goes no further than its name could be one too."""
+    disc = bytearray(b"RIFF\x00\x10\x00\x00WEBPVP9 ".ljust(2048, b"\0") + b"PCD_".ljust(1 << 20, b"\0"))
+    assert PIL.Image.open(io.BytesIO(disc)).format == "PCD"
+    with pytest.raises(ImageError):
+        image_header(Image(data=bytes(disc)))

@@ -37,6 +37,9 @@ _OPENINGS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF
 """First bytes -> Pillow's name. What begins so is read as that alone: some of Pillow's many other formats are known by
 bytes further on, so one file could be two pictures, and looking for WebP among them all takes long."""
 
+_BAND = 1 << 22
+"""Pixels of a tall image's canvas that are filled at a time."""
+
 RGB = tuple[float, float, float]
 Mode = Literal["square", "pad"]
 
@@ -221,6 +224,19 @@ class FixedLayout:
         """Stands in for an image that could not be read: the mean colour, uint8 [3, size, size]."""
         return self._filled(self.size)
 
+    def _narrowed(self, image: PIL.Image.Image, columns: range) -> PIL.Image.Image:
+        """A tall image's rows on their canvas, resized to these columns of the result: a band of rows at a time, since
+        the whole square of a strip of a thousand bytes would fill the memory."""
+        side, scale = image.height, image.height / (self.resize or self.size)
+        found, step = PIL.Image.new("RGB", (len(columns), side)), max(1, _BAND // side)
+        for top in range(0, side, step):
+            rows = min(step, side - top)
+            band = PIL.Image.new("RGB", (side, rows), self._mean_colour())
+            band.paste(image.crop((0, top, image.width, top + rows)), ((side - image.width) // 2, 0))
+            box = (columns.start * scale, 0, columns.stop * scale, rows)
+            found.paste(band.resize((len(columns), rows), self.resample, box=box), (0, top))
+        return found
+
     def _filled(self, side: int) -> np.ndarray:
         """uint8 [3, side, side] of the mean colour."""
         pixels = np.empty((3, side, side), np.uint8)
@@ -238,13 +254,16 @@ class FixedLayout:
         _check_room(side, side, image)
         reach = _REACH.get(self.resample, float(side))
         columns, rows = _touched(side, width, wide, reach), _touched(side, height, wide, reach)
-        first = height < width and self.resample in _REACH
-        if first:
+        first = self.resample in _REACH
+        if first and width < height:
+            image = self._narrowed(image, columns)
+        elif first:
             image = image.resize((wide, height), self.resample)
         canvas = PIL.Image.new("RGB", (image.width if first else side, side), self._mean_colour())
         canvas.paste(image, ((canvas.width - image.width) // 2, (side - height) // 2))
-        scale, across = side / wide, canvas.width / wide
-        box = (columns.start * across, rows.start * scale, columns.stop * across, rows.stop * scale)
+        scale = side / wide
+        left, right = (0, image.width) if first else (columns.start * scale, columns.stop * scale)
+        box = (left, rows.start * scale, right, rows.stop * scale)
         shown = canvas.resize((len(columns), len(rows)), self.resample, box=box)
         pixels = self._filled(wide)
         pixels[:, rows.start : rows.stop, columns.start : columns.stop] = np.asarray(shown).transpose(2, 0, 1)
