@@ -46,7 +46,7 @@ export default {
   "upvote": "Good answer",
   "downvote": "Bad answer",
   "flag": "Report this answer",
-  "voted": "Your vote was written. Thank you.",
+  "voted": "vote written, thank you",
   "votes_note": "A vote writes this conversation's text to a file on the server, with digests of its pictures.",
   "system": "System text",
   "system_hint": "none",

@@ -11,7 +11,9 @@ const find = (id) => document.getElementById(id);
 const DRAW_EVERY = 50; // milliseconds; a page in the background has no animation frames
 const KEEP_EVERY = 1500;
 const KNOCK_EVERY = 3000;
+const GOOD_FOR = 4000;
 const nodes = new WeakMap();
+const voting = new Set();
 let turns = [];
 let editing = null;
 let aside = { text: "", pictures: [] };
@@ -19,14 +21,20 @@ let running = null;
 let known = null;
 let away = 0;
 let keeping = 0;
+let fading = 0;
 let keptPictures = true;
 
 // --- what is shown ---------------------------------------------------------------------------------------------------
 
-function notice(text, bad = false) {
+/** A line above the question. `kind`: "bad", or "good", which goes again by itself. */
+function notice(text, kind = "") {
+  clearTimeout(fading);
+  if (kind === "good") fading = setTimeout(notice, GOOD_FOR, "");
+  const follow = nearEnd();
   find("notice").textContent = text;
   find("notice").hidden = !text;
-  find("notice").classList.toggle("bad", bad);
+  find("notice").className = `notice ${kind}`;
+  if (follow) toEnd();
 }
 
 function say(text) {
@@ -43,7 +51,7 @@ function callsOf(one) {
 }
 
 function drawTurn(one) {
-  view.draw(node(one), one, { last: one === turns.at(-1), votes: known?.votes, busy: Boolean(running) });
+  view.draw(node(one), one, { last: one === turns.at(-1), votes: known?.votes, busy: Boolean(running), voting: voting.has(one) });
 }
 
 function draw() {
@@ -201,17 +209,17 @@ function stopEditing() {
 }
 
 async function vote(one, type) {
-  one.vote = type;
+  voting.add(one);
   drawTurn(one);
   try {
     await server.vote(await talk.vote(type, turns, one));
+    one.vote = type;
     say(word("voted"));
-    notice(word("voted"));
   } catch (error) {
-    one.vote = "";
     const { what, why } = view.faultWords({ kind: "vote", message: error.message });
-    notice(`${what}${error.status ? ` (${error.status})` : ""}: ${why}`, true);
+    notice(`${what}${error.status ? ` (${error.status})` : ""}: ${why}`, "bad");
   }
+  voting.delete(one);
   drawTurn(one);
   await keep();
 }
@@ -219,12 +227,11 @@ async function vote(one, type) {
 async function copy(one) {
   try {
     await navigator.clipboard.writeText(one.answer);
-    say(word("copied"));
-    notice(word("copied"));
+    notice(word("copied"), "good");
   } catch (error) { // pages of plain http, not of this machine, have no clipboard: what is marked can be copied by hand
     console.info("no clipboard:", error.name);
     getSelection().selectAllChildren(node(one).querySelector(".said > .words"));
-    if (document.execCommand("copy")) notice(word("copied"));
+    if (document.execCommand("copy")) notice(word("copied"), "good");
   }
 }
 
@@ -250,7 +257,7 @@ async function knock() {
   away = 0;
   if (!(await server.alive())) return gone();
   known = null; // it may be another server now
-  notice(word("back"));
+  notice(word("back"), "good");
   await refresh();
 }
 
@@ -265,7 +272,7 @@ async function refresh() {
     if (error.kind === "away") return gone();
     const { what, why, help } = view.faultWords(error);
     if (error.status === 401) find("key-form").hidden = false;
-    notice(`${what}: ${why} ${help}`, true);
+    notice(`${what}: ${why} ${help}`, "bad");
     if (!(error instanceof server.Failure)) console.error(error);
   }
 }
@@ -315,13 +322,13 @@ function bindHead() {
   find("open-settings").addEventListener("click", () => {
     const open = document.body.classList.toggle("with-settings");
     find("open-settings").setAttribute("aria-expanded", String(open));
-    if (open) find("system").focus();
+    if (open) find("settings").focus();
   });
   find("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     server.useKey(find("key").value.trim());
     find("key").value = "";
-    notice(word("key_taken"));
+    notice(word("key_taken"), "good");
     await refresh();
   });
   addEventListener("keydown", (event) => {

@@ -61,7 +61,7 @@ function drawQuestion(node, one) {
 }
 
 /** The answer as far as it is there; `last`: of the conversation, which alone can be asked again or changed. */
-export function draw(node, one, { last, votes, busy }) {
+export function draw(node, one, { last, votes, busy, voting }) {
   const hidden = (selector, when) => { node.querySelector(selector).hidden = when; };
   const ended = one.state !== "asking";
   node.classList.toggle("unasked", ended && !one.answer);
@@ -72,11 +72,11 @@ export function draw(node, one, { last, votes, busy }) {
   hidden(".foot", !ended || (one.state === "failed" && !one.answer));
   hidden(".copy", !one.answer);
   hidden(".again", !last || busy || one.state === "failed");
-  hidden(".asked .tools", !last || busy || !ended);
+  hidden(".edit", !last || busy || !ended);
   hidden(".fault .tools", !last || busy);
   hidden(".votes", !votes || !one.answer || !ended);
   for (const button of node.querySelectorAll("[data-vote]")) {
-    button.disabled = Boolean(one.vote);
+    button.disabled = Boolean(one.vote) || voting;
     button.setAttribute("aria-pressed", String(button.dataset.vote === one.vote));
   }
   node.querySelector(".count").textContent = counts(one, last);
@@ -87,11 +87,12 @@ function counts(one, last) {
   const told = [];
   const stats = one.stats || {};
   if (stats.tokens !== undefined) told.push(word(stats.tokens === 1 ? "tokens_one" : "tokens", { n: number(stats.tokens) }));
-  if (stats.seconds !== undefined) told.push(word("seconds", { n: number(stats.seconds, 1) }));
+  if (stats.seconds !== undefined) told.push(word("seconds", { n: number(stats.seconds, stats.seconds < 10 ? 2 : 1) }));
   if (stats.first !== undefined) told.push(word("first_after", { n: number(stats.first, 2) }));
   if (stats.prompt !== undefined) told.push(word("prompt_tokens", { n: number(stats.prompt) }));
   if (one.state === "stopped") told.push(word("stopped"));
   if (one.reason === "length") told.push(word("cut_at_length"));
+  if (one.vote) told.push(word("voted"));
   if (!last && !one.answer) told.push(word("unasked"));
   return [one.model, ...told].filter(Boolean).join(" · ");
 }

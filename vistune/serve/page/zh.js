@@ -46,7 +46,7 @@ export default {
   "upvote": "回答得好",
   "downvote": "回答得不好",
   "flag": "举报这个回答",
-  "voted": "评价已记录，谢谢。",
+  "voted": "评价已记录，谢谢",
   "votes_note": "评价会把这段对话的文字和图片的摘要写入服务器上的文件。",
   "system": "系统提示",
   "system_hint": "无",
