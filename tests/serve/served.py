@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import base64
+import io
 import socket
 import threading
 import time
@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import uvicorn
 
+from vistune.serve import server
 from vistune.serve.limits import Limits
 from vistune.serve.shelf import Shelf, open_shelf
 
@@ -57,24 +60,13 @@ def serving(
     """`vistune serve` of these models with these limits; `options` go to `server.Options`, `shelf` to `open_shelf`."""
     allowed = Limits(**limits)
     opened = open_shelf([str(model) for model in models], device="cpu", limits=allowed, **(shelf or {}))
-    app = application(opened, allowed, options or {})
+    app = server.application(opened, allowed, server.Options(**({"log": False} | (options or {}))))
     opened.start()
     try:
         with listening(app) as url:
             yield Serving(url, opened, app)
     finally:
         opened.stop()
-
-
-def application(shelf: Shelf, limits: Limits, options: dict[str, Any]) -> Any:
-    """What the verb serves; the interface alone as long as there is no `server`."""
-    if importlib.util.find_spec("vistune.serve.server") is None:
-        api = importlib.import_module("vistune.serve.api")
-        metrics = importlib.import_module("vistune.serve.metrics").Metrics()
-        media = importlib.import_module("vistune.serve.media").Media(limits)
-        return api.create(shelf, limits, metrics, media)
-    server = importlib.import_module("vistune.serve.server")
-    return server.application(shelf, limits, server.Options(**options))
 
 
 @contextmanager
@@ -91,3 +83,21 @@ def listening(app: Any, names: Sequence[str] = ("127.0.0.1",)) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(20)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (70, 40), kind: str = "PNG") -> bytes:
+    """A picture of noise, the same one every time."""
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    made = io.BytesIO()
+    PIL.Image.fromarray(noise).save(made, kind)
+    return made.getvalue()
+
+
+def data_url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shows(text: str, *pictures: bytes) -> dict[str, Any]:
+    """A user's turn: pictures, then a question about them."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(one)}} for one in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

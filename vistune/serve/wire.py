@@ -270,7 +270,12 @@ _CODES = {
 }
 
 
-_TO_SAY = {"missing": "is needed", "extra_forbidden": "is not known here; leave it out", "too_short": "is empty"}
+_TO_SAY = {
+    "missing": "is needed",
+    "extra_forbidden": "is not known here; leave it out",
+    "too_short": "is empty",
+    "model_type": "should be an object",
+}
 
 
 def refusal(error: ValidationError) -> Refused:
