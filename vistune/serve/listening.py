@@ -98,7 +98,8 @@ class Listening(uvicorn.Server):
     """Serves until SIGTERM or Ctrl-C, then begins nothing new, lets answers end for `limits.drain` seconds, calls
     `stop` (in a thread; whoever still runs hears an error) and ends. The second signal ends the process at once.
 
-    `ready`: whether there is anything to stop yet; `path`: of a Unix socket, removed at the end.
+    `ready`: whether there is anything to stop yet; `path`: of a Unix socket, removed at the end. `stuck`, afterwards:
+    `stop` has not come to its end.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Listening(uvicorn.Server):
     ):
         super().__init__(configured(guard))
         self.guard, self.stop, self.ready, self.path = guard, stop, ready, path
-        self.asked = 0
+        self.asked, self.stuck = 0, False
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -129,6 +130,7 @@ class Listening(uvicorn.Server):
             stopping = threading.Thread(target=self.stop, daemon=True)
             stopping.start()
             await self._until(lambda: not (self.guard.open or stopping.is_alive()), LAST)
+            self.stuck = stopping.is_alive()
         self.should_exit = True
 
     async def _until(self, true: Callable[[], bool], seconds: float) -> None:

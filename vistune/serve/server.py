@@ -11,77 +11,25 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 
 from vistune import __version__, console
 from vistune.serve import api, hosts, listening, page, probes
+from vistune.serve.engine import Engine
 from vistune.serve.guard import Guard
-from vistune.serve.keys import Keys
 from vistune.serve.limits import Limits
-from vistune.serve.lines import Lines
 from vistune.serve.media import Media
-from vistune.serve.metrics import Metrics
+from vistune.serve.options import Options, address, bound, guarded
 from vistune.serve.shelf import Shelf
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a server is reached, and what it shows beside the interface. Nothing here costs memory or time."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str = ""
-    """A Unix socket instead of host and port; only this user may connect to it."""
-    keys: tuple[str, ...] = ()
-    new_key: str = ""
-    """The one of `keys` that was made for this start, and is shown."""
-    root_path: str = ""
-    """The prefix under which a proxy shows this server."""
-    behind_proxy: bool = False
-    """X-Forwarded-Host is a proxy's word and may be trusted; so it is with `root_path`."""
-    allow_hosts: tuple[str, ...] = ()
-    """Names beside the loopback's under which the server may be asked without a key, and pages of which may ask."""
-    page: bool = True
-    votes: str = ""
-    """A JSON-lines file; without it there is no voting."""
-    log: bool = True
-    """A line for every request."""
-
-    def __post_init__(self) -> None:
-        if self.root_path and not (self.root_path.startswith("/") and not self.root_path.endswith("/")):
-            raise ValueError(
-                f"--root-path {self.root_path}: it begins with / and does not end with one, such as /lab/x"
-            )
-        if not (self.keys or self.uds or hosts.loopback(self.host)):
-            raise ValueError(
-                f"--host {self.host}: everybody who reaches this machine could ask. Add --api-key new, which makes a "
-                "key and prints it (or --api-key-file FILE), or stay on 127.0.0.1 and come through ssh -L"
-            )
 
 
 def application(shelf: Shelf, limits: Limits, options: Options) -> Guard:
     """The whole server as an ASGI application. The shelf is started and stopped by others."""
-    made = guarded(limits, options)
+    made = guarded(probes.opening, limits, options)
     made.app = inside(shelf, made, shown(limits, options))
     return made
-
-
-def guarded(limits: Limits, options: Options, metrics: Metrics | None = None) -> Guard:
-    """A guard around nothing yet: it says that the models are being read."""
-    return Guard(
-        probes.opening,
-        limits,
-        metrics or Metrics(),
-        keys=Keys(options.keys),
-        names=options.allow_hosts,
-        root=options.root_path,
-        behind=options.behind_proxy,
-        anywhere=bool(options.uds),
-        say=Lines() if options.log else None,
-    )
 
 
 def shown(limits: Limits, options: Options) -> list[APIRouter]:
@@ -101,11 +49,6 @@ def inside(shelf: Shelf, guard: Guard, more: Sequence[APIRouter] = ()) -> FastAP
     for router in (probes.router(shelf, limits, metrics, lambda: guard.draining), *more):
         app.include_router(router)
     return app
-
-
-def bound(options: Options) -> socket.socket:
-    """The socket that the options name. ValueError."""
-    return listening.on_file(options.uds) if options.uds else listening.on_port(options.host, options.port)
 
 
 class _Opening:
@@ -138,46 +81,56 @@ class _Opening:
 def run(open_shelf: Callable[[], Shelf], limits: Limits, options: Options) -> None:
     """Listen, read the models, answer until SIGTERM or Ctrl-C. Raises what opening them raised, and ValueError where
     there is no listening."""
-    opening = _Opening(open_shelf, guarded(limits, options), options, lambda shelf: welcome(shelf, options, place))
+    guard = guarded(probes.opening, limits, options)
+    opening = _Opening(open_shelf, guard, options, lambda shelf: welcome(shelf, options, place))
     place = bound(options)
     console.say(f"reading the models; {address(options, place)}/health answers already")
     opening.thread.start()
     listening.listen(opening.server, place)
     if opening.error is not None:
         raise opening.error
-    if opening.thread.is_alive():
+    if opening.thread.is_alive() or opening.server.stuck:
         leave()
-    opening.stop()
 
 
 def leave() -> None:
-    """End the process with 0 now: a thread reads a model, and cannot be stopped."""
+    """End the process with 0 now: a thread reads a model, or stands in one, and cannot be stopped."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def address(options: Options, place: socket.socket) -> str:
-    """Where the server is asked from this machine, without a slash at the end."""
-    if options.uds:
-        return f"unix:{options.uds}:"
-    host, port = place.getsockname()[:2]
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}{options.root_path}"
-
-
 def welcome(shelf: Shelf, options: Options, place: socket.socket) -> None:
     """What to do next: addresses, the key, and how to come from another machine."""
     at = address(options, place)
-    console.say(f"vistune {__version__} serves {', '.join(one.name for one in shelf.served())}")
+    console.say(f"vistune {__version__} serves")
+    for engine in shelf.engines:
+        console.say(
+            f"  model {engine.name}: {_memory(engine)}, {engine.context:,} tokens, {engine.limits.rows} at once"
+        )
+    if adapters := [one.name for one in shelf.served() if one.adapter]:
+        console.say(f"  adapters {', '.join(adapters)}")
     if options.page:
         console.say(f"  page  {at}/")
     console.say(f"  api   {at}/v1")
     console.say(f"  key   {_key(options)}")
     if not options.uds and hosts.loopback(options.host):
         port = place.getsockname()[1]
-        who = f"{getpass.getuser()}@{socket.gethostname()}"
-        console.say(f"  from your own machine: ssh -N -L {port}:127.0.0.1:{port} {who}, then http://127.0.0.1:{port}/")
+        far = f"ssh -N -L {port}:127.0.0.1:{port} {_who()}@{socket.gethostname()}"
+        console.say(f"  from your own machine: {far}, then http://127.0.0.1:{port}{options.root_path}/")
+
+
+def _memory(engine: Engine) -> str:
+    model = engine.loaded.model
+    held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    return f"{held / 2**30:.2f} GiB on {model.device}"
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "USER"
 
 
 def _key(options: Options) -> str:

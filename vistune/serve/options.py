@@ -1,0 +1,82 @@
+"""How a server is reached: its options, the guard that they make, its socket, its address.
+
+Knows nothing of models, and what it imports neither: a process that passes requests on begins in no time.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from vistune.serve import hosts
+from vistune.serve.exchange import App
+from vistune.serve.guard import Guard
+from vistune.serve.keys import Keys
+from vistune.serve.limits import Limits
+from vistune.serve.lines import Lines
+from vistune.serve.listening import on_file, on_port
+from vistune.serve.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a server is reached, and what it shows beside the interface. Nothing here costs memory or time."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str = ""
+    """A Unix socket instead of host and port; only this user may connect to it."""
+    keys: tuple[str, ...] = ()
+    new_key: str = ""
+    """The one of `keys` that was made for this start, and is shown."""
+    root_path: str = ""
+    """The prefix under which a proxy shows this server."""
+    behind_proxy: bool = False
+    """X-Forwarded-Host is a proxy's word and may be trusted; so it is with `root_path`."""
+    allow_hosts: tuple[str, ...] = ()
+    """Names beside the loopback's under which the server may be asked without a key, and pages of which may ask."""
+    page: bool = True
+    votes: str = ""
+    """A JSON-lines file; without it there is no voting."""
+    log: bool = True
+    """A line for every request."""
+
+    def __post_init__(self) -> None:
+        if self.root_path and not (self.root_path.startswith("/") and not self.root_path.endswith("/")):
+            raise ValueError(
+                f"--root-path {self.root_path}: it begins with / and does not end with one, such as /lab/x"
+            )
+        if not (self.keys or self.uds or hosts.loopback(self.host)):
+            raise ValueError(
+                f"--host {self.host}: everybody who reaches this machine could ask. Add --api-key new, which makes a "
+                "key and prints it (or --api-key-file FILE), or stay on 127.0.0.1 and come through ssh -L"
+            )
+
+
+def guarded(app: App, limits: Limits, options: Options, metrics: Metrics | None = None) -> Guard:
+    """An application with everything around it that the options ask for."""
+    return Guard(
+        app,
+        limits,
+        metrics or Metrics(),
+        keys=Keys(options.keys),
+        names=options.allow_hosts,
+        root=options.root_path,
+        behind=options.behind_proxy,
+        anywhere=bool(options.uds),
+        say=Lines() if options.log else None,
+    )
+
+
+def bound(options: Options) -> socket.socket:
+    """The socket that the options name. ValueError."""
+    return on_file(options.uds) if options.uds else on_port(options.host, options.port)
+
+
+def address(options: Options, place: socket.socket) -> str:
+    """Where the server is asked from this machine, without a slash at the end."""
+    if options.uds:
+        return f"unix:{options.uds}:"
+    host, port = place.getsockname()[:2]
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}{options.root_path}"
