@@ -67,7 +67,7 @@ LATE_FILES = dict.fromkeys(
 
 EXTRA_FILES = {
     "evaluate/lmms_model.py": {"lmms_eval"},
-    "serve/": {"fastapi", "starlette", "uvicorn", "prometheus_client", "httpx"},
+    "serve/": {"fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "httpx"},
 }
 """What a file (or all of a folder) that only an extra's own program imports may take from it at the top."""
 
