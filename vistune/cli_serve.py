@@ -14,6 +14,8 @@ from vistune.serve.limits import Limits
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "httpx")
 """What the extra brings."""
+FRONT = ("host", "port", "uds", "api_key", "api_key_file", "root_path", "behind_proxy", "allow_host", "log", "workers")
+"""What the process in front of several workers sees to."""
 SIZES = ("kv_bytes", "pictures_held", "waiting_bytes", "body", "picture_bytes")
 """Limits that are bytes, said as 512MiB or 8GiB."""
 UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -144,6 +146,9 @@ def _options(given: Mapping[str, Any]) -> Any:
 
 def _serve(context: typer.Context, given: Mapping[str, Any]) -> None:
     limits, options = limits_of(given), _options(given)
+    if given["workers"] != 1:
+        _serve_several(context, limits, options)
+        return
     from vistune.serve import server
     from vistune.serve.shelf import open_shelf
 
@@ -159,3 +164,25 @@ def _serve(context: typer.Context, given: Mapping[str, Any]) -> None:
         limits,
         options,
     )
+
+
+def _serve_several(context: typer.Context, limits: Limits, options: Any) -> None:
+    from vistune.serve.workers.run import run
+
+    os.environ.pop("VISTUNE_API_KEY", None)  # the process in front asks for it; workers are not reached from elsewhere
+    run(inner_words(context), limits, options, context.params["workers"], device=context.params["device"])
+
+
+def inner_words(context: typer.Context) -> list[str]:
+    """The words that a worker of this command line gets: all but those about where to listen and who may ask."""
+    words = ["serve", *context.params["models"]]
+    for one in context.command.params:
+        value = context.params[one.name or ""]
+        if one.name in (*FRONT, "models") or value == one.get_default(context) or value in (None, (), []):
+            continue
+        if isinstance(value, bool):
+            words.append((one.opts if value else one.secondary_opts)[0])
+            continue
+        for each in value if isinstance(value, list | tuple) else (value,):
+            words += [one.opts[0], str(each)]
+    return words

@@ -5,7 +5,6 @@ Knows nothing of how requests are answered.
 
 from __future__ import annotations
 
-import getpass
 import os
 import socket
 import sys
@@ -16,12 +15,12 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from vistune import __version__, console
-from vistune.serve import api, hosts, listening, page, probes
+from vistune.serve import api, listening, page, probes
 from vistune.serve.engine import Engine
 from vistune.serve.guard import Guard
 from vistune.serve.limits import Limits
 from vistune.serve.media import Media
-from vistune.serve.options import Options, address, bound, guarded
+from vistune.serve.options import Options, address, bound, guarded, reached
 from vistune.serve.shelf import Shelf
 
 
@@ -102,7 +101,6 @@ def leave() -> None:
 
 def welcome(shelf: Shelf, options: Options, place: socket.socket) -> None:
     """What to do next: addresses, the key, and how to come from another machine."""
-    at = address(options, place)
     console.say(f"vistune {__version__} serves")
     for engine in shelf.engines:
         console.say(
@@ -110,32 +108,11 @@ def welcome(shelf: Shelf, options: Options, place: socket.socket) -> None:
         )
     if adapters := [one.name for one in shelf.served() if one.adapter]:
         console.say(f"  adapters {', '.join(adapters)}")
-    if options.page:
-        console.say(f"  page  {at}/")
-    console.say(f"  api   {at}/v1")
-    console.say(f"  key   {_key(options)}")
-    if not options.uds and hosts.loopback(options.host):
-        port = place.getsockname()[1]
-        far = f"ssh -N -L {port}:127.0.0.1:{port} {_who()}@{socket.gethostname()}"
-        console.say(f"  from your own machine: {far}, then http://127.0.0.1:{port}{options.root_path}/")
+    for line in reached(options, place):
+        console.say(line)
 
 
 def _memory(engine: Engine) -> str:
     model = engine.loaded.model
     held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
     return f"{held / 2**30:.2f} GiB on {model.device}"
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return "USER"
-
-
-def _key(options: Options) -> str:
-    if options.new_key:
-        return f"{options.new_key} (a browser asks for it as a password, with any user name)"
-    if options.keys:
-        return "as you gave it (a browser asks for it as a password, with any user name)"
-    return "none is needed: whoever uses this machine can ask"
