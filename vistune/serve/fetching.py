@@ -42,8 +42,9 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _CLOSED = tuple(
     ip_network(net)
     for net in (
+        "192.0.0.0/24",  # protocols' own; a cloud's machines ask there about themselves
         "192.88.99.0/24",  # relays into IPv6
-        "168.63.129.16/32",  # what a large cloud's machines ask about themselves, on a public number
+        "168.63.129.16/32",  # another cloud's, on a public number
         "2001::/23",  # tunnels (Teredo) and other protocols' own
         "2001:db8::/32",
         "2002::/16",  # 6to4: any IPv4 address, also a private one
