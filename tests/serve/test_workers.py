@@ -324,7 +324,8 @@ def test_merging_keeps_what_only_one_of_them_has() -> None:
     one = "# HELP a A.\n# TYPE a gauge\na 1\n"
     two = '# HELP a A.\n# TYPE a gauge\na{x="1"} 2\n# HELP b B.\n# TYPE b gauge\nb{} 3\n'
     assert merged({"0": one, "1": two}) == (
-        '# HELP a A.\n# TYPE a gauge\na{worker="0"} 1\na{worker="1",x="1"} 2\n# HELP b B.\n# TYPE b gauge\nb{worker="1"} 3\n'
+        '# HELP a A.\n# TYPE a gauge\na{worker="0"} 1\na{worker="1",x="1"} 2\n'
+        '# HELP b B.\n# TYPE b gauge\nb{worker="1"} 3\n'
     )
     with pytest.raises(ValueError, match="not a line"):
         merged({"0": "<html>"})

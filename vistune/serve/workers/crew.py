@@ -48,10 +48,16 @@ class Crew:
             await asyncio.gather(*tasks, return_exceptions=True)
         self._watching = [asyncio.create_task(self._watch(worker)) for worker in self.workers]
 
-    async def end(self, seconds: float) -> None:
-        """Tell all of them to end, and end those that have not within so many seconds."""
+    def tell(self) -> None:
+        """Tell all of them to end (SIGTERM); nobody is started again."""
         for task in self._watching:
             task.cancel()
+        for process in self._processes.values():
+            process.leave()
+
+    async def end(self, seconds: float) -> None:
+        """Tell all of them to end, and end those that have not within so many seconds."""
+        self.tell()
         await asyncio.gather(*self._watching, return_exceptions=True)
         for worker in self.workers:
             worker.ready, worker.state = False, "ending"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 from vistune import console
 
 PROGRAM = (sys.executable, "-m", "vistune.serve.workers.watched")
+SECRETS = ("VISTUNE_API_KEY",)
+"""Variables that workers do not get: who may ask is judged in front, and their sockets are this user's alone."""
 LAST = 20
 """Lines that are remembered, for the reason of an end."""
 LINE = 1 << 20
@@ -30,6 +31,7 @@ class Process:
         self.number, self.words, self.environment = number, list(words), dict(environment)
         self.last: deque[str] = deque(maxlen=LAST)
         self._process: Any = None
+        self._told = False
         self._heard: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -39,7 +41,7 @@ class Process:
             stdin=pipe,
             stdout=pipe,
             stderr=pipe,
-            env=dict(os.environ) | self.environment,
+            env={name: value for name, value in os.environ.items() if name not in SECRETS} | self.environment,
             start_new_session=True,
         )
         streams = (self._process.stdout, self._process.stderr)
@@ -72,18 +74,20 @@ class Process:
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
-    def tell(self, sign: signal.Signals) -> None:
-        if self.alive:
-            self._process.send_signal(sign)
+    def leave(self) -> None:
+        """Tell it to end (SIGTERM), once: the second time it would end in the middle of its answers."""
+        if self.alive and not self._told:
+            self._told = True
+            self._process.terminate()
 
     async def end(self, seconds: float) -> None:
-        """Tell it to end (SIGTERM), and end it when it has not within so many seconds."""
-        self.tell(signal.SIGTERM)
+        """Tell it to end, and end it when it has not within so many seconds."""
+        self.leave()
         try:
             async with asyncio.timeout(seconds):
                 await self.ended()
         except TimeoutError:
-            self.tell(signal.SIGKILL)
+            self._process.kill()
             await self.ended()
 
     def reason(self, code: int) -> str:

@@ -1,0 +1,124 @@
+"""`--workers N` from beginning to end: a folder of sockets, the workers, the process in front, and all of their end.
+
+Knows nothing of models, and imports nothing of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import httpx
+
+from vistune import __version__, console
+from vistune.serve.guard import Guard
+from vistune.serve.limits import Limits
+from vistune.serve.listening import Listening, listen
+from vistune.serve.metrics import Metrics
+from vistune.serve.options import Options, address, bound, guarded, reached
+from vistune.serve.workers.crew import Crew
+from vistune.serve.workers.front import Front
+from vistune.serve.workers.places import places
+from vistune.serve.workers.process import PROGRAM, Process
+from vistune.serve.workers.worker import Worker
+
+LONGEST_SOCKET = 100
+"""Characters of a Unix socket's path; systems take 104 to 108."""
+ENDING = 5.0
+"""Seconds that a worker's process has to end, once its answers have ended."""
+MOST = 64
+
+
+def run(words: Sequence[str], limits: Limits, options: Options, count: int, *, device: str = "auto") -> None:
+    """Serve with `count` workers until SIGTERM or Ctrl-C. `words`: of the command line that each of them gets, from
+    `serve` on, without what says where to listen and who may ask; `device`: what was asked for. ValueError where there
+    is no listening, and with a worker's own error where one cannot start."""
+    if not 1 <= count <= MOST:
+        raise ValueError(f"--workers {count}: 1 to {MOST}")
+    found = places(count, device, sized=bool(limits.kv_bytes))
+    folder = Path(tempfile.mkdtemp(prefix="vistune-"))  # for this user alone
+    try:
+        if len(str(folder)) + 8 > LONGEST_SOCKET:
+            raise ValueError(f"{folder} is too long for a socket: set TMPDIR to a shorter one")
+        workers = [Worker(number, folder / f"{number}.sock") for number in range(count)]
+
+        def started(worker: Worker) -> Process:
+            place = found[worker.number]
+            at = [*(["--device", place.device] if place.device else []), "--uds", str(worker.place)]
+            return Process(worker.number, [*PROGRAM, *words, *at], place.environment)
+
+        _serve(Crew(workers, started), limits, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(crew: Crew, limits: Limits, options: Options) -> None:
+    place = bound(options)
+    metrics = Metrics()
+    guard = guarded(_unready, limits, options, metrics)
+    guard.app = Front(crew.workers, lambda: metrics.text({}).decode(), lambda: guard.draining)
+    at = address(options, place)
+    console.say(f"{len(crew.workers)} workers read the models; {at}/health answers already")
+    server = Fronting(guard, crew, lambda: _welcome(crew, reached(options, place)), options.uds)
+    listen(server, place)
+    if server.error is not None:
+        raise server.error
+
+
+async def _unready(scope: object, receive: object, send: object) -> None:
+    raise AssertionError("the front takes its place before anything is asked")
+
+
+class Fronting(Listening):
+    """Listens, starts the workers, and ends with them. `error`: why they could not start."""
+
+    def __init__(self, guard: Guard, crew: Crew, welcome: Callable[[], Awaitable[None]], path: str = ""):
+        super().__init__(guard, lambda: None, lambda: self.begun, path)
+        self.crew, self.welcome = crew, welcome
+        self.begun = False
+        self.error: ValueError | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        opening = asyncio.create_task(self._open())
+        try:
+            await super().serve(sockets)
+        finally:
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            await self.crew.end(ENDING)
+
+    async def _open(self) -> None:
+        try:
+            await self.crew.begin()
+            self.begun = True
+            await self.welcome()
+        except ValueError as error:
+            self.error, self.should_exit = error, True
+
+    async def _drain(self) -> None:
+        """The workers are told at the same moment: they end what is not done in time, and say so in the answers."""
+        self.crew.tell()
+        await super()._drain()
+
+
+async def _welcome(crew: Crew, lines: Sequence[str]) -> None:
+    """What is served, by which workers, and how it is reached."""
+    said = await models(crew.workers)
+    console.say(f"vistune {__version__} serves {', '.join(said)} with {len(crew.workers)} workers")
+    for line in lines:
+        console.say(line)
+
+
+async def models(workers: Sequence[Worker]) -> list[str]:
+    """The names that the first worker that is there says; none where it says none."""
+    for worker in [one for one in workers if one.ready]:
+        try:
+            answer = await worker.get("/v1/models", ENDING)
+            return [one["id"] for one in answer.raise_for_status().json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            console.warn(f"worker {worker.number} does not say its models: {type(error).__name__}")
+    return []
