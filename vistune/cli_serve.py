@@ -14,7 +14,7 @@ from vistune.serve.limits import Limits
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "httpx")
 """What the extra brings."""
-FRONT = ("host", "port", "uds", "api_key", "api_key_file", "root_path", "behind_proxy", "allow_host", "log", "workers")
+FRONT = ("host", "port", "uds", "api_key", "api_key_file", "behind_proxy", "allow_host", "log", "workers")
 """What the process in front of several workers sees to."""
 SIZES = ("kv_bytes", "pictures_held", "waiting_bytes", "body", "picture_bytes")
 """Limits that are bytes, said as 512MiB or 8GiB."""
@@ -177,12 +177,12 @@ def inner_words(context: typer.Context) -> list[str]:
     """The words that a worker of this command line gets: all but those about where to listen and who may ask."""
     words = ["serve", *context.params["models"]]
     for one in context.command.params:
-        value = context.params[one.name or ""]
-        if one.name in (*FRONT, "models") or value == one.get_default(context) or value in (None, (), []):
+        value = context.params.get(one.name or "")
+        if one.name in (*FRONT, "models") or value in (None, (), [], one.get_default(context)):
             continue
         if isinstance(value, bool):
             words.append((one.opts if value else one.secondary_opts)[0])
-            continue
-        for each in value if isinstance(value, list | tuple) else (value,):
-            words += [one.opts[0], str(each)]
-    return words
+        else:
+            several = value if isinstance(value, list | tuple) else (value,)
+            words += [word for each in several for word in (one.opts[0], str(each))]
+    return [*words, "--no-log"]
