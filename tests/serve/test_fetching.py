@@ -427,8 +427,11 @@ def test_a_certificate_of_another_name_or_of_nobody(host: Host) -> None:
 
 
 def test_nobody_listens(host: Host) -> None:
-    host.close()
-    refused(fetcher(host), host.url("/a"), 502, "fetch_failed")
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    made = fetcher(host)
+    made.hosts = [allowed(f"pictures.test:{port}")]
+    refused(made, f"https://pictures.test:{port}/", 502, "fetch_failed")
 
 
 # Through the door
