@@ -5,6 +5,7 @@ Knows nothing of models, and what it imports neither: a process that passes requ
 
 from __future__ import annotations
 
+import getpass
 import socket
 from dataclasses import dataclass
 
@@ -80,3 +81,30 @@ def address(options: Options, place: socket.socket) -> str:
     host, port = place.getsockname()[:2]
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}{options.root_path}"
+
+
+def reached(options: Options, place: socket.socket) -> list[str]:
+    """What to do next, line by line: addresses, the key, and how to come from another machine."""
+    at = address(options, place)
+    lines = [f"  page  {at}/"] if options.page else []
+    lines += [f"  api   {at}/v1", f"  key   {_key(options)}"]
+    if not options.uds and hosts.loopback(options.host):
+        port = place.getsockname()[1]
+        far = f"ssh -N -L {port}:127.0.0.1:{port} {_who()}@{socket.gethostname()}"
+        lines.append(f"  from your own machine: {far}, then http://127.0.0.1:{port}{options.root_path}/")
+    return lines
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "USER"
+
+
+def _key(options: Options) -> str:
+    if options.new_key:
+        return f"{options.new_key} (a browser asks for it as a password, with any user name)"
+    if options.keys:
+        return "as you gave it (a browser asks for it as a password, with any user name)"
+    return "none is needed: whoever uses this machine can ask"
