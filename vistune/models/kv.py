@@ -63,7 +63,7 @@ class Kv(Cache):
         assert not any(self.lengths[rows:]) and max(self.lengths, default=0) <= tokens, "rows in use would be cut"
         self._resize(min(rows, self.rows), min(tokens, self.room))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """What row `source` holds is in row `target` then, and `source` is free."""
         if source == target:
@@ -75,7 +75,7 @@ class Kv(Cache):
         self.lengths[target] = length
         self.free(source)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def swap(self, one: int, other: int) -> None:
         length = max(self.lengths[one], self.lengths[other])
         if one == other or not length:
@@ -86,7 +86,7 @@ class Kv(Cache):
             tensor[other, :, :length] = held
         self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def free(self, row: int) -> None:
         """Forget what a row holds. It is overwritten: what is not seen is multiplied by 0, which a number that is none
         would survive, and the next request would end of the last one's."""
@@ -117,15 +117,14 @@ class Kv(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """New keys and values [n, heads, c, width] of a layer -> those of the rows up to the longest's end."""
+        assert self._writing is not None, "no rows were said to be written"
         if layer_idx == len(self._layers):
             self._layers.append([self._new(key_states), self._new(value_states)])
         keys, values = self._layers[layer_idx]
-        return self._write(keys, key_states), self._write(values, value_states)
+        return self._write(self._writing, keys, key_states), self._write(self._writing, values, value_states)
 
-    def _write(self, held: Tensor, new: Tensor) -> Tensor:
+    def _write(self, now: _Writing, held: Tensor, new: Tensor) -> Tensor:
         """`new` into its places; what is read: [n, heads, L, width]."""
-        now = self._writing
-        assert now is not None, "no rows were said to be written"
         heads, wide = held.shape[1], held.shape[3]
         source = new.transpose(1, 2).reshape(-1, heads, wide)
         if now.kept is not None:
@@ -146,7 +145,7 @@ class Kv(Cache):
         """Zeros, since what is not seen is multiplied by 0 all the same."""
         return like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _resize(self, rows: int, room: int) -> None:
         if (rows, room) == (self.rows, self.room):
             return

@@ -22,7 +22,8 @@ from vistune.models.load import Loaded
 
 class Reader:
     """Shapes: n rows, c new positions of each, D the language model's width, V its vocabulary's size. It computes
-    without gradients, on the model's device and in its type; logits are fp32."""
+    on the model's device and in its type; logits are fp32. What it returns are tensors of inference mode: outside of
+    that they may be read, but not changed in place."""
 
     def __init__(self, loaded: Loaded):
         self.loaded, self.family, self.model = loaded, loaded.family, loaded.model
@@ -41,7 +42,7 @@ class Reader:
         """An empty one: `reserve` rows and room in it before they are read."""
         return Kv(self.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def see(self, pictures: Sequence[Shown]) -> list[Tensor]:
         """The features [tokens, D] of each picture, in one call of the tower. Where the layout gives pictures shapes of
         their own the call computes no padding, so any may go together; its memory grows with the sum of their sizes."""
@@ -56,7 +57,7 @@ class Reader:
         # Each in memory of its own: what remembers one would else keep all of them.
         return [one.clone() for one in features.split(tokens)] if len(tokens) > 1 else [features]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def embed(self, ids: Sequence[int], features: Sequence[Tensor] = ()) -> Tensor:
         """A prompt as the language model takes it, with features in the places of its pictures: [T, D]. ValueError when
         there are not as many of the one as of the other."""
@@ -71,7 +72,7 @@ class Reader:
             return embeds
         return lm.splice(embeds, torch.tensor(where, device=self.device), torch.cat(list(features)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read(self, kv: Kv, rows: Sequence[int], embeds: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
         """New positions of several rows -> the logits [n, V], fp32, at the last new one of each.
 
@@ -86,7 +87,7 @@ class Reader:
             flat = flat[[i * width + counts[i] - 1 for i in range(count)]]
         return self.family.head(self.model)(flat).float()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, kv: Kv, ids: Sequence[int], starts: Sequence[int]) -> Tensor:
         """`read` of one token each of rows 0 to n - 1: the logits of what comes next [n, V]."""
         embeds = self._embedding(torch.tensor(ids, dtype=torch.int64, device=self.device)).unsqueeze(1)
@@ -103,11 +104,11 @@ def context(text: Any) -> int:
     another answer."""
     if text.model_type == "mpt":
         return text.max_seq_len
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        short = rope.get("original_max_position_embeddings") or text.max_position_embeddings
-        return min(short, text.max_position_embeddings)
-    return text.max_position_embeddings
+    said = getattr(text, "rope_parameters", None) or {}
+    each = [said] if "rope_type" in said else [one for one in said.values() if isinstance(one, dict)]
+    moving = [one for one in each if one.get("rope_type") in ("longrope", "dynamic")]
+    found = [one.get("original_max_position_embeddings") for one in moving]
+    return min([text.max_position_embeddings, *(one for one in found if one)])
 
 
 def kv_token_bytes(text: Any, dtype: torch.dtype) -> int:
