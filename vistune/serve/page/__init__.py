@@ -65,7 +65,7 @@ def router(limits: Limits, votes: Path | None = None, *, name: str = "vistune") 
     kept = Votes(votes) if votes else None
     made = APIRouter(include_in_schema=False)
 
-    @made.get("/")
+    @made.api_route("/", methods=["GET", "HEAD"])
     async def page(request: Request) -> Response:
         text = _at(index, request.scope.get("root_path", ""))
         return _sent(request, _file(text.encode(), "text/html; charset=utf-8"))
@@ -74,7 +74,7 @@ def router(limits: Limits, votes: Path | None = None, *, name: str = "vistune") 
     async def settings() -> Response:
         return JSONResponse(known, headers=HEADERS)
 
-    @made.get("/page/{file}")
+    @made.api_route("/page/{file}", methods=["GET", "HEAD"])
     async def static(request: Request, file: str) -> Response:
         if file not in files:
             raise Refused(404, "the page has no such file", code="not_found")

@@ -1,5 +1,4 @@
 export default {
-  "_name": "English",
   "other_language": "中文",
   "language": "Switch to Chinese",
   "theme": "Light or dark",

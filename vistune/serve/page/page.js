@@ -185,10 +185,10 @@ function failed(one, error) {
     return;
   }
   const { kind = "cut", message, status = 0, param = "", code = "", retryAfter = 0 } = error;
-  Object.assign(one, { state: "failed", fault: { kind, message, status, param, code, retryAfter } });
+  Object.assign(one, { state: "failed", fault: { kind, message, status, param, code, retryAfter, partial: Boolean(one.answer) } });
   if (!(error instanceof server.Failure)) console.error(error);
   if (status === 401) find("key-form").hidden = false;
-  if (kind === "away" || kind === "cut") gone();
+  if (kind === "away" || kind === "cut") knock(false);
 }
 
 // --- what else can be done with an answer -----------------------------------------------------------------------------

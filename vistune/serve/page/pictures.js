@@ -57,7 +57,7 @@ async function fitted(bitmap, type, pixels, most) {
     const height = Math.max(1, Math.floor(bitmap.height * scale));
     const blob = await drawn(bitmap, width, height, kind);
     if (blob && blob.size <= most) return { blob, width, height };
-    if (kind === "image/jpeg") scale *= SMALLER;
+    if (kind === "image/jpeg") scale *= blob ? Math.max(0.2, Math.min(SMALLER, Math.sqrt(most / blob.size))) : SMALLER;
     if (Math.max(width, height) < 64) return null;
   }
 }

@@ -98,12 +98,13 @@ function counts(one, last) {
 }
 
 /** What went wrong, as the server or the browser told it. */
-export function faultWords({ kind, status, message, param, code, retryAfter }) {
+export function faultWords({ kind, status, message, param, code, retryAfter, partial }) {
   const what = kind === "refused" ? (status >= 500 ? "fault_server" : "fault_refused") : `fault_${kind}`;
   const help = [];
   if (status === 401) help.push(word("help_key"));
   if (retryAfter) help.push(word("help_busy", { n: number(retryAfter, 1) }));
-  if (kind === "away" || kind === "cut") help.push(word("help_away"));
+  if (partial) help.push(word("help_cut"));
+  if (kind === "away") help.push(word("help_away"));
   const where = [param && word("at_param", { param }), code && word("at_code", { code })];
   return { what: word(what, { status }), why: message || word("no_words"), where: where.filter(Boolean).join(" · "), help: help.join(" ") };
 }

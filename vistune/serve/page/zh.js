@@ -1,5 +1,4 @@
 export default {
-  "_name": "中文",
   "other_language": "English",
   "language": "切换到英文",
   "theme": "浅色或深色",
