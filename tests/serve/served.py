@@ -70,9 +70,9 @@ def serving(
 
 
 @contextmanager
-def listening(app: Any, names: Sequence[str] = ("127.0.0.1",)) -> Iterator[str]:
-    """Any ASGI application on a free port of the loopback."""
-    with socket.create_server((names[0], 0), backlog=512) as place:
+def listening(app: Any, names: Sequence[str] = ("127.0.0.1",), port: int = 0) -> Iterator[str]:
+    """Any ASGI application on a free port of the loopback, or on this one."""
+    with socket.create_server((names[0], port), backlog=512) as place:
         config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
