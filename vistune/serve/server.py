@@ -19,6 +19,8 @@ from vistune.serve import api, listening, page, probes
 from vistune.serve.engine import Engine
 from vistune.serve.guard import Guard
 from vistune.serve.limits import Limits
+from vistune.serve.llava import routes as llava
+from vistune.serve.llava.registering import register
 from vistune.serve.media import Media
 from vistune.serve.options import Options, address, bound, guarded, reached
 from vistune.serve.shelf import Shelf
@@ -27,7 +29,7 @@ from vistune.serve.shelf import Shelf
 def application(shelf: Shelf, limits: Limits, options: Options) -> Guard:
     """The whole server as an ASGI application. The shelf is started and stopped by others."""
     made = guarded(probes.opening, limits, options)
-    made.app = inside(shelf, made, shown(limits, options))
+    made.app = inside(shelf, made, options, shown(limits, options))
     return made
 
 
@@ -41,11 +43,15 @@ def shown(limits: Limits, options: Options) -> list[APIRouter]:
         raise ValueError(f"--votes {options.votes}: {error.strerror or error}") from error
 
 
-def inside(shelf: Shelf, guard: Guard, more: Sequence[APIRouter] = ()) -> FastAPI:
+def inside(shelf: Shelf, guard: Guard, options: Options, more: Sequence[APIRouter] = ()) -> FastAPI:
     """Everything that a guard lets requests come to."""
-    limits, metrics = guard.limits, guard.metrics
-    app = api.create(shelf, limits, metrics, Media(limits))
-    for router in (probes.router(shelf, limits, metrics, lambda: guard.draining), *more):
+    limits, metrics, media = guard.limits, guard.metrics, Media(guard.limits)
+    app = api.create(shelf, limits, metrics, media)
+    routers = [probes.router(shelf, limits, metrics, lambda: guard.draining), *more]
+    if options.llava or options.llava_controller:
+        how, hosts, at = options.llava_dispatch, options.llava_allow, options.llava_address
+        routers.append(llava.router(shelf, limits, metrics, media, dispatch=how, hosts=hosts, address=at))
+    for router in routers:
         app.include_router(router)
     return app
 
@@ -57,7 +63,7 @@ class _Opening:
         self.shelf: Shelf | None = None
         self.error: Exception | None = None
         self.server = listening.Listening(guard, self.stop, lambda: self.shelf is not None, options.uds)
-        self._open, self._guard, self._said = open_shelf, guard, said
+        self._open, self._guard, self._options, self._said = open_shelf, guard, options, said
         self._shown = shown(guard.limits, options)
         self.thread = threading.Thread(target=self._run, name="opening", daemon=True)
 
@@ -65,7 +71,7 @@ class _Opening:
         try:
             shelf = self._open()
             shelf.start()
-            self._guard.app = inside(shelf, self._guard, self._shown)
+            self._guard.app = inside(shelf, self._guard, self._options, self._shown)
             self.shelf = shelf
             self._said(shelf)
         except Exception as error:  # noqa: BLE001 - raised again in the main thread, when the server has ended
@@ -80,8 +86,13 @@ class _Opening:
 def run(open_shelf: Callable[[], Shelf], limits: Limits, options: Options) -> None:
     """Listen, read the models, answer until SIGTERM or Ctrl-C. Raises what opening them raised, and ValueError where
     there is no listening."""
+
+    def said(shelf: Shelf) -> None:
+        welcome(shelf, options, place)
+        register(options, place, lambda: llava.own_status(shelf))
+
     guard = guarded(probes.opening, limits, options)
-    opening = _Opening(open_shelf, guard, options, lambda shelf: welcome(shelf, options, place))
+    opening = _Opening(open_shelf, guard, options, said)
     place = bound(options)
     console.say(f"reading the models; {address(options, place)}/health answers already")
     opening.thread.start()
