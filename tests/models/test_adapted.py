@@ -42,6 +42,7 @@ def trained(folder, start, seed=0, **config):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.peft_config["default"].base_model_name_or_path = str(start)
     model.save_pretrained(folder)
     return folder
 

@@ -20,6 +20,9 @@ from vistune.models.fit import plain
 from vistune.models.load import Loaded
 from vistune.models.weights import Entry
 
+FILES = (*merge.FILES, merge.ADAPTER_CONFIG, merge.LEARNED, llava_lora.OTHERS, "config.json")
+"""All that may say something of an adapter; what else lies beside it is not its own."""
+
 
 def place_of(folder: Path) -> Path | None:
     """Where an adapter lies: `folder`, or `adapter/` of a run of vistune's; None where there is none."""
@@ -36,6 +39,11 @@ def base_of(folder: Path) -> str:
     except ValueError as error:
         raise ValueError(f"{place}: {merge.ADAPTER_CONFIG} is not JSON ({error})") from error
     return str(said.get("base_model_name_or_path") or "")
+
+
+def files_of(place: Path) -> list[Path]:
+    """The files of which an adapter consists, those of them that are there."""
+    return [file for name in FILES if (file := place / name).is_file()]
 
 
 def read(folder: Path, loaded: Loaded) -> merge.Learned:
@@ -116,12 +124,17 @@ class Adapters:
         """What all of them hold beside the model."""
         return sum(one.nbytes for one in tuple(self._ready.values()))
 
+    def check(self, folder: Path | str) -> None:
+        """ValueError for an adapter that is not whole or not for this model, by names and shapes alone."""
+        self._places.fitting(read(Path(folder), self.loaded), f"{folder}")
+
     def add(self, name: str, folder: Path | str) -> Adapter:
         """Lay an adapter ready, on the model's device and in its type. ValueError, with nothing changed, for one that
         is not whole or not for this model, naming the tensors."""
         assert name and name not in self._ready, name
-        learned = read(Path(folder), self.loaded)
-        made = self._places.made(learned, f"{folder}")
+        made = self._places.made(read(Path(folder), self.loaded), f"{folder}")
+        if self.loaded.model.device.type != "cpu":
+            torch.accelerator.synchronize(self.loaded.model.device)  # another thread computes with it
         self._ready[name] = made
         return made
 
@@ -205,13 +218,18 @@ class _Places:
                         for name in self._names(f"{path}.{leaf}"):
                             self.tensors[name] = at[id(tensor)]
 
+    def fitting(self, learned: merge.Learned, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The layer for each adapter, and the places of each tensor. ValueError for what has none; nothing is read."""
+        misfits = _Misfits()
+        layers = {path: self._layer(path, parts, misfits) for path, parts in learned.adapters.items()}
+        tensors = {name: self._tensor(name, entry, misfits) for name, entry in learned.whole.items()}
+        misfits.refuse(where, self.where)
+        return layers, tensors
+
     @torch.no_grad()
     def made(self, learned: merge.Learned, where: str) -> Adapter:
-        """What the adapter puts where. ValueError as `Adapters.add`; names and shapes before anything is read."""
-        misfits = _Misfits()
-        layers = {path: one for path, parts in learned.adapters.items() if (one := self._layer(path, parts, misfits))}
-        tensors = {name: one for name, entry in learned.whole.items() if (one := self._tensor(name, entry, misfits))}
-        misfits.refuse(where, self.where)
+        """What the adapter puts where. ValueError as `fitting`, and for values that are not finite."""
+        (layers, tensors), misfits = self.fitting(learned, where), _Misfits()
         swaps = [*self._adapted(learned, layers, misfits), *self._whole(learned, tensors, misfits)]
         misfits.refuse(where, self.where)
         sees = any(id(one.owner) not in self.language for one in swaps)
@@ -276,7 +294,8 @@ def _beside(linear: nn.Linear, layer: Any, dtype: torch.dtype) -> Adapted:
     if layer.use_dora["default"]:
         magnitude = layer.lora_magnitude_vector["default"].weight.data.to(weight.device)
         gain = (magnitude / torch.linalg.norm(linear.weight.float() + up @ down, dim=1)).to(dtype)
-    return Adapted(linear, down.to(dtype), up.to(dtype), gain).eval()
+    # What was read may be a view of a file, which somebody may change.
+    return Adapted(linear, down.to(dtype, copy=True), up.to(dtype), gain).eval()
 
 
 def _bytes(one: Any) -> int:

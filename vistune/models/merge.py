@@ -24,7 +24,8 @@ from vistune.recipe import Lora
 ADAPTER_CONFIG, LEARNED = "adapter_config.json", "learned.safetensors"
 """peft's description of an adapter; and beside it what else learned, whole tensors by their names in the model."""
 _PREFIX = "base_model.model."
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""In one of which an adapter's tensors are."""
 _OTHER = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
     *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
@@ -65,9 +66,9 @@ def read_adapter(folder: Path) -> Learned:
         )
     if other := [key for key in _OTHER if getattr(config, key, None)]:
         raise ValueError(f"{folder}: {other[0]} makes another computation of it than a sum; only plain LoRA and DoRA")
-    file = next((folder / name for name in _FILES if (folder / name).exists()), None)
+    file = next((folder / name for name in FILES if (folder / name).exists()), None)
     if file is None:
-        raise ValueError(f"{folder}: holds neither {' nor '.join(_FILES)}; copy the adapter again")
+        raise ValueError(f"{folder}: holds neither {' nor '.join(FILES)}; copy the adapter again")
     found = weights.safetensors(file) if file.suffix == ".safetensors" else _held(weights.pickled(file))
     learned = sort({name.removeprefix(_PREFIX): entry for name, entry in found.items()}, config)
     if (folder / LEARNED).exists():
@@ -86,7 +87,7 @@ def write_adapter(folder: Path, learned: Learned, base: str) -> None:
         for path, parts in learned.adapters.items()
         for kind, entry in parts.items()
     }
-    weights.write_file(folder / _FILES[0], pairs)
+    weights.write_file(folder / FILES[0], pairs)
     if learned.whole:
         weights.write_file(folder / LEARNED, learned.whole)
 

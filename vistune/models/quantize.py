@@ -110,6 +110,23 @@ def footprint(model: nn.Module, family: Family) -> dict[str, int]:
     }
 
 
+def weighed(model: nn.Module, family: Family) -> dict[str, tuple[int, int]]:
+    """For each part the bytes of its weights as they are held, and as they would be without quantising: in the type
+    that the rest of the model has."""
+    dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
+    found = {}
+    for part, held in footprint(model, family).items():
+        inside = {id(one): one for root in family.parts(model)[part] for one in root.modules()}
+        layers = [one for one in inside.values() if isinstance(one, lowbit.Quantized)]
+        spared = sum(
+            one.in_features * one.out_features * dtype.itemsize
+            - sum(tensor.nbytes for tensor in (*one.leaves().values(), *one.buffers()))
+            for one in layers
+        )
+        found[part] = (held, held + spared)
+    return found
+
+
 def _bytes(module: nn.Module, seen: set[int]) -> int:
     total = 0
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

@@ -5,24 +5,32 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import re
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vistune import console
 from vistune.generate import open_model
+from vistune.models import adapted
+from vistune.models.adapted import Adapters
+from vistune.models.load import Loaded
+from vistune.models.quantize import size, weighed
+from vistune.serve import naming
 from vistune.serve.engine import Engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
+from vistune.serve.watched import Watched
+
+SPARE = 60.0
+"""Seconds beyond a request's deadline for which an adapter that is gone is kept: whoever had begun may end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What can be asked for by `name`: a model, or with `adapter` one of its adapters; `base` is then the model's name.
-
-    `created`: seconds since 1970.
-    """
+    """What can be asked for by `name`: a model, or with `adapter` one of its adapters (by the engine's own word for
+    it); `base` is then the model's name. `created`: seconds since 1970."""
 
     name: str
     engine: Engine
@@ -31,15 +39,33 @@ class Served:
     base: str = ""
 
 
-class Shelf:
-    """See the module. `served` never waits; `look` does."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model in memory. `folder`: what it was opened from, with links resolved; `asked`: whether it is served under
+    its own name, and not for its adapters' sake alone."""
 
-    def __init__(self, models: Sequence[Served]):
-        self._models = tuple(models)
+    name: str
+    folder: str
+    engine: Engine
+    adapters: Adapters | None
+    asked: bool = True
+
+
+class Shelf:
+    """See the module. `served` and `find` never wait; `look` does."""
+
+    def __init__(self, models: Sequence[Model], limits: Limits):
+        self.models, self.limits = tuple(models), limits
+        self._created = int(time.time())
+        self._lock = threading.Lock()
+        self._count = 0
+        self._given: list[Served] = []
+        self._watched: Watched[Served] | None = None
+        self._gone: list[tuple[float, Served]] = []
 
     @property
     def engines(self) -> list[Engine]:
-        return [one.engine for one in self._models]
+        return [one.engine for one in self.models]
 
     def start(self) -> None:
         for engine in self.engines:
@@ -50,13 +76,10 @@ class Shelf:
         for engine in self.engines:
             engine.stop()
 
-    def look(self) -> None:
-        """See what adapters have come and gone in the watched folder; at most once a second. Reads files: call it in a
-        thread (`asyncio.to_thread(shelf.look)`), before the list is shown and when a name is not known."""
-
     def served(self) -> list[Served]:
         """Models first, then adapters. From any thread, at once."""
-        return list(self._models)
+        own = [Served(name=one.name, engine=one.engine, created=self._created) for one in self.models if one.asked]
+        return [*own, *self._given, *(self._watched.made() if self._watched else ())]
 
     def find(self, name: str) -> Served:
         """What is called `name`; the only one where none is named. Refused: 404, with the names that there are."""
@@ -64,8 +87,86 @@ class Shelf:
         if not name and len(known) == 1:
             return next(iter(known.values()))
         if name not in known:
-            raise Refused(404, f"no such model; there are {', '.join(known)}", param="model", code="model_not_found")
+            said = f"no such model; there are {', '.join(known) or 'none at the moment'}"
+            raise Refused(404, said, param="model", code="model_not_found")
         return known[name]
+
+    def look(self) -> None:
+        """See what adapters have come and gone in the watched folder; at most once a second. Reads files: call it in a
+        thread (`asyncio.to_thread(shelf.look)`), before the list is shown and when a name is not known."""
+        if self._watched is not None:
+            self._watched.look()
+        with self._lock:
+            now = time.monotonic()
+            late = [one for when, one in self._gone if when <= now]
+            self._gone = [(when, one) for when, one in self._gone if when > now]
+        for one in late:
+            self._adapters(one).remove(one.adapter)
+
+    def put(self, name: str, folder: Path, where: str = "", on: Model | None = None) -> Served:
+        """An adapter laid on the model that it is for, not yet listed. ValueError as `Adapters.add`, and when that
+        model cannot be told."""
+        where = where or str(folder)
+        try:
+            model = on or self._model_of(folder)
+            assert model.adapters is not None
+            with self._lock:
+                self._count += 1
+                key = f"{name}#{self._count}"
+            made = model.adapters.add(key, folder)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(folder), where)) from error
+        console.say(f"adapter {name} on {model.name}: {size(made.nbytes)}, from {where}")
+        return Served(name=name, engine=model.engine, adapter=key, created=int(time.time()), base=model.name)
+
+    def give(self, served: Served) -> None:
+        """List an adapter for as long as the server runs."""
+        self._given.append(served)
+
+    def watch(self, folder: Path) -> None:
+        """List the adapters in the subfolders of `folder`, as they come and go. ValueError when it is not there."""
+        self._watched = Watched(folder, self._arrived, self._left)
+        self._watched.look()
+
+    def _arrived(self, name: str, copy: Path, where: str) -> Served:
+        if name in {*(one.name for one in self.models if one.asked), *(one.name for one in self._given)}:
+            raise ValueError(f"{where}: there is another {name!r} already; rename one of them")
+        return self.put(name, copy, where)
+
+    def _left(self, served: Served) -> None:
+        """Nobody finds it any more; it is let go when whoever found it before must have ended."""
+        console.say(f"adapter {served.name} on {served.base}: gone")
+        with self._lock:
+            self._gone.append((time.monotonic() + self.limits.deadline + SPARE, served))
+
+    def _adapters(self, served: Served) -> Adapters:
+        return next(one.adapters for one in self.models if one.engine is served.engine and one.adapters)
+
+    def _model_of(self, folder: Path) -> Model:
+        """The model that an adapter is for: the only one, the one that it names, or the only one that it fits."""
+        if len(self.models) == 1:
+            return self.models[0]
+        base = adapted.base_of(folder)
+        named = [one for one in self.models if base and one.folder == naming.resolved(base)]
+        if len(named) == 1:
+            return named[0]
+        fit, wrong = [], ""
+        for one in self.models:
+            assert one.adapters is not None
+            try:
+                one.adapters.check(folder)
+                fit.append(one)
+            except ValueError as error:
+                wrong = wrong or str(error)
+        if len(fit) == 1:
+            return fit[0]
+        if not fit:
+            raise ValueError(wrong)
+        names = " and ".join(one.name for one in fit)
+        raise ValueError(
+            f"{folder}: fits {names}, and adapter_config.json names neither (base_model_name_or_path is {base!r}); "
+            "correct it, or serve one of the models alone"
+        )
 
 
 def open_shelf(
@@ -80,30 +181,56 @@ def open_shelf(
     template: str = "",
     limits: Limits | None = None,
 ) -> Shelf:
-    """Every model on its device, not yet started. `models`: FOLDER or NAME=FOLDER each. ValueError for what cannot be
-    opened and for names that are not one thing's alone."""
-    limits, served = limits or Limits(), []
-    for name, folder in _named(models):
-        loaded = open_model(folder, device, quantize, base or None, template=template, precision=precision)
-        served.append(Served(name=name, engine=Engine(loaded, limits, name), created=int(time.time())))
-    return Shelf(served)
+    """Every model on its device, not yet started.
+
+    `models`: FOLDER or NAME=FOLDER each, anything that `open_model` takes; and adapters in peft's layout, whose model
+    is `base` or what they name, opened once for all. `adapters`: the same words, for adapters of these models (LLaVA's
+    LoRA pairs too, and runs). `adapter_folder`: its subfolders are adapters. ValueError for what cannot be opened, and
+    for a name that two things have.
+    """
+    limits = limits or Limits()
+    wanted, on_top = naming.named(models), naming.named(adapters)
+    naming.refuse_twice([*wanted, *on_top])
+    planned = naming.plan(wanted, base)
+    adapting = bool(on_top or adapter_folder or any(one.adapters for one in planned))
+    opened = []
+    for one in planned:
+        loaded = open_model(one.folder, device, quantize, one.base or None, template=template, precision=precision)
+        say_weights(one.name, loaded)
+        opened.append(loaded)
+    each = shared(limits, opened)
+    shelf = Shelf([_model(*both, each, adapting) for both in zip(planned, opened, strict=True)], limits)
+    for one, model in zip(planned, shelf.models, strict=True):
+        for name, folder in one.adapters:
+            shelf.give(shelf.put(name, Path(folder), on=model))
+    for name, folder in on_top:
+        shelf.give(shelf.put(name, Path(folder)))
+    if adapter_folder is not None:
+        shelf.watch(Path(adapter_folder))
+    return shelf
 
 
-def _named(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    sources: dict[str, str] = {}
-    for argument in arguments:
-        name, folder = split(argument)
-        if name in sources:
-            raise ValueError(f"{sources[name]} and {folder} are both called {name!r}; say NAME=FOLDER for one of them")
-        sources[name] = folder
-        yield name, folder
+def _model(planned: naming.Planned, loaded: Loaded, limits: Limits, adapting: bool) -> Model:
+    adapters = Adapters(loaded) if adapting else None
+    engine = (
+        Engine(loaded, limits, planned.name, adapters=adapters) if adapters else Engine(loaded, limits, planned.name)
+    )
+    folder = naming.resolved(planned.folder)
+    return Model(name=planned.name, folder=folder, engine=engine, adapters=adapters, asked=planned.asked)
 
 
-def split(argument: str) -> tuple[str, str]:
-    """NAME=FOLDER, or FOLDER, whose name is its own: for `model`, `merged` and `adapter` of a run, the run's."""
-    said, _, rest = argument.partition("=")
-    if rest and re.fullmatch(r"[\w.:-]+", said) and not Path(argument).exists():
-        return said, rest
-    folder = Path(argument).resolve() if Path(argument).exists() else Path(argument)
-    inside = folder.name in ("model", "merged", "adapter") and (folder.parent / "recipe.toml").is_file()
-    return (folder.parent if inside else folder).name, argument
+def say_weights(name: str, loaded: Loaded) -> None:
+    """What a model's weights take, part by part, and what they would where they are quantised."""
+    parts = weighed(loaded.model, loaded.family)
+    held, plain = (sum(both[i] for both in parts.values()) for i in range(2))
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    each = ", ".join(f"{part} {_instead(*both)}" for part, both in parts.items())
+    console.say(f"{name}: weights {_instead(held, plain)} in {dtype}: {each}")
+
+
+def _instead(held: int, plain: int) -> str:
+    return size(held) if held == plain else f"{size(held)} instead of {size(plain)}"
+
+
+def shared(limits: Limits, models: Sequence[Loaded]) -> Limits:
+    return limits
