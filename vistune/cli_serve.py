@@ -14,7 +14,18 @@ from vistune.serve.limits import Limits
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "httpx")
 """What the extra brings."""
-FRONT = ("host", "port", "uds", "api_key", "api_key_file", "behind_proxy", "allow_host", "log", "workers")
+FRONT = (
+    "host",
+    "port",
+    "uds",
+    "api_key",
+    "api_key_file",
+    "behind_proxy",
+    "allow_host",
+    "log",
+    "workers",
+    "llava_controller",
+)
 """What the process in front of several workers sees to."""
 SIZES = ("kv_bytes", "pictures_held", "waiting_bytes", "body", "picture_bytes")
 """Limits that are bytes, said as 512MiB or 8GiB."""
@@ -83,7 +94,9 @@ def serve(
     workers: Annotated[int, _reached("Processes, each with all models, behind one address.")] = 1,
     llava: Annotated[bool, _reached("Speak LLaVA's controller and worker protocol too.", "--llava")] = False,
     llava_controller: Annotated[str, _reached("Register with this LLaVA controller.")] = "",
-    llava_worker_address: Annotated[str, _reached("Where that controller finds this server.")] = "",
+    llava_worker_address: Annotated[str, _reached("Where it and LLaVA's clients find this server.")] = "",
+    llava_allow: Annotated[list[str] | None, _reached("A host whose LLaVA workers may register here.")] = None,
+    llava_dispatch: Annotated[str, _reached("shortest_queue or lottery.")] = "shortest_queue",
     adapter: Annotated[list[str] | None, _model("A LoRA folder, NAME=FOLDER; may be repeated.")] = None,
     adapters: Annotated[Path | None, _model("A folder of LoRA folders; new ones are served at once.")] = None,
     base: Annotated[str, _model("The other half of a model that is an adapter alone.")] = "",
@@ -135,9 +148,23 @@ def _options(given: Mapping[str, Any]) -> Any:
 
     words, file = given["api_key"] or (), given["api_key_file"]
     keys, new = gathered(words, file, os.environ.get("VISTUNE_API_KEY", ""))
-    same = ("host", "port", "uds", "root_path", "behind_proxy", "page", "votes", "log")
+    same = (
+        "host",
+        "port",
+        "uds",
+        "root_path",
+        "behind_proxy",
+        "page",
+        "votes",
+        "log",
+        "llava_controller",
+        "llava_dispatch",
+    )
     return Options(
         **{name: given[name] for name in same},
+        llava=given["llava"] or bool(given["llava_controller"]),
+        llava_address=given["llava_worker_address"],
+        llava_allow=tuple(given["llava_allow"] or ()),
         keys=tuple(keys),
         new_key=new,
         allow_hosts=tuple(given["allow_host"] or ()),
@@ -185,4 +212,5 @@ def inner_words(context: typer.Context) -> list[str]:
         else:
             several = value if isinstance(value, list | tuple) else (value,)
             words += [word for each in several for word in (one.opts[0], str(each))]
+    words += ["--llava"] if context.params["llava_controller"] else []  # the front registers, workers answer
     return [*words, "--no-log"]

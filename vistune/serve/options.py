@@ -41,12 +41,28 @@ class Options:
     """A JSON-lines file; without it there is no voting."""
     log: bool = True
     """A line for every request."""
+    llava: bool = False
+    """Speak LLaVA's controller and worker protocol too."""
+    llava_controller: str = ""
+    """A LLaVA controller elsewhere, with which this server registers as a worker."""
+    llava_address: str = ""
+    """Where clients of that protocol, and that controller, find this server; empty: where it is asked."""
+    llava_allow: tuple[str, ...] = ()
+    """Hosts beside the loopback from which other workers may register here."""
+    llava_dispatch: str = "shortest_queue"
+    """Or lottery: how one of several workers of a model is chosen."""
 
     def __post_init__(self) -> None:
         if self.root_path and not (self.root_path.startswith("/") and not self.root_path.endswith("/")):
             raise ValueError(
                 f"--root-path {self.root_path}: it begins with / and does not end with one, such as /lab/x"
             )
+        for name in ("llava_controller", "llava_address"):
+            if (url := getattr(self, name)) and not url.startswith(("http://", "https://")):
+                option = {"llava_address": "llava-worker-address"}.get(name, name.replace("_", "-"))
+                raise ValueError(f"--{option} {url}: an address such as http://localhost:10000 is needed")
+        if self.llava_dispatch not in (known := ("shortest_queue", "lottery")):
+            raise ValueError(f"--llava-dispatch {self.llava_dispatch}: one of {', '.join(known)}")
         if not (self.keys or self.uds or hosts.loopback(self.host)):
             raise ValueError(
                 f"--host {self.host}: everybody who reaches this machine could ask. Add --api-key new, which makes a "
