@@ -178,6 +178,25 @@ def test_what_a_row_held_can_not_reach_the_next_request(models):
     run.read([0, 1, 2], [1, 1, 1], 1)
 
 
+def test_after_a_call_that_failed_rows_end_where_they_did(models):
+    run = Run(*models("llama-3"))
+    run.kv.reserve(2, TOKENS)
+    for row in (0, 1):
+        run.joins(row)
+    run.read([0], [30], 30)
+    layer = run.ours.base_model.layers[1]
+    fails = layer.register_forward_hook(lambda *_: 1 / 0)
+    for rows in ([0], [0, 1], [1]):
+        with pytest.raises(ZeroDivisionError):
+            run.read(rows, [20] * len(rows), 20)
+    fails.remove()
+    assert run.kv.lengths == [30, 0]
+    run.read([0, 1], [3, 3], 3)
+    run.read([0, 1], [1, 1], 1)
+    run.kv.free(0)
+    assert not any(tensor[0].any() for tensor in run.kv._tensors())
+
+
 def test_neighbours_are_read_where_they_lie():
     kv = Kv(torch.device("cpu"))
     kv.reserve(4, 100)

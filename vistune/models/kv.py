@@ -46,6 +46,8 @@ class Kv(Cache):
         self.rows = self.room = 0
         self.lengths: list[int] = []
         """Places of each row that hold something of its request."""
+        self._written: list[int] = []
+        """How far something was ever written that is still there: more, where a call has failed."""
         self._layers: list[list[Tensor]] = []
         self._writing: _Writing | None = None
 
@@ -68,52 +70,57 @@ class Kv(Cache):
         """What row `source` holds is in row `target` then, and `source` is free."""
         if source == target:
             return
-        length, before = self.lengths[source], self.lengths[target]
+        length = self._written[source]
         for tensor in self._tensors():
             tensor[target, :, :length] = tensor[source, :, :length]
-            tensor[target, :, length:before] = 0
-        self.lengths[target] = length
+            tensor[target, :, length : self._written[target]] = 0
+        self.lengths[target], self._written[target] = self.lengths[source], length
         self.free(source)
 
     @torch.inference_mode()
     def swap(self, one: int, other: int) -> None:
-        length = max(self.lengths[one], self.lengths[other])
+        length = max(self._written[one], self._written[other])
         if one == other or not length:
             return
         for tensor in self._tensors():
             held = tensor[one, :, :length].clone()
             tensor[one, :, :length] = tensor[other, :, :length]
             tensor[other, :, :length] = held
-        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+        for said in (self.lengths, self._written):
+            said[one], said[other] = said[other], said[one]
 
     @torch.inference_mode()
     def free(self, row: int) -> None:
         """Forget what a row holds. It is overwritten: what is not seen is multiplied by 0, which a number that is none
         would survive, and the next request would end of the last one's."""
-        for tensor in self._tensors():
-            tensor[row, :, : self.lengths[row]] = 0
-        self.lengths[row] = 0
+        if self._written[row]:
+            for tensor in self._tensors():
+                tensor[row, :, : self._written[row]] = 0
+        self.lengths[row] = self._written[row] = 0
 
     @contextmanager
     def writing(
         self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], width: int
     ) -> Iterator[Places]:
         """While this is open a model hands in `counts[i]` new positions of `rows[i]` from `starts[i]` on, in rows of
-        `width`: from where the row ends, or from 0. A row that starts at 0 is another request's from here on."""
+        `width`: from where the row ends, or from 0. A row that starts at 0 is another request's from here on. When the
+        model fails, rows end where they did."""
         assert len(set(rows)) == len(rows) and max(rows) < self.rows, f"rows {rows} of {self.rows}"
         for row, start in zip(rows, starts, strict=True):
-            if start == 0 and self.lengths[row]:
+            if start == 0:
                 self.free(row)
             assert start == self.lengths[row], f"row {row} ends at {self.lengths[row]}, not at {start}"
         places = Places(starts, counts, width, self.room, self.device)
         assert places.longest <= self.room, f"{places.longest} places of {self.room}"
         self._writing = _plan(list(rows), counts, places)
+        for row, start, count in zip(rows, starts, counts, strict=True):
+            self._written[row] = max(self._written[row], start + count)
         try:
             yield places
         finally:
             self._writing = None
-            for row, start, count in zip(rows, starts, counts, strict=True):
-                self.lengths[row] = start + count
+        for row, start, count in zip(rows, starts, counts, strict=True):
+            self.lengths[row] = start + count
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """New keys and values [n, heads, c, width] of a layer -> those of the rows up to the longest's end."""
@@ -151,7 +158,10 @@ class Kv(Cache):
             return
         both, places = min(rows, self.rows), min(room, self.room)
         self.rows, self.room = rows, room
-        self.lengths = [*self.lengths[:rows], *[0] * (rows - len(self.lengths))]
+        self.lengths, self._written = (
+            [*(min(one, room) for one in said[:rows]), *[0] * (rows - len(said))]
+            for said in (self.lengths, self._written)
+        )
         for pair in self._layers:
             for number, old in enumerate(pair):
                 pair[number] = self._new(old)
