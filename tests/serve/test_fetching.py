@@ -206,7 +206,7 @@ def test_only_hosts_of_the_list_are_gone_to(entry: str, url: str, takes: bool | 
     ],
 )
 def test_a_list_of_what_is_no_host_is_refused_at_the_start(entry: str) -> None:
-    with pytest.raises(ValueError, match="--allow-hosts"):
+    with pytest.raises(ValueError, match="--picture-host"):
         Media(Limits(hosts=("example.org", entry)))
 
 

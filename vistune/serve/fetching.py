@@ -99,9 +99,9 @@ def allowed(entry: str) -> Allowed:
         host = _host(bare)
         number = int(port) if port else 443
     except ValueError as error:
-        raise ValueError(f"--allow-hosts {entry}: give names of hosts, as pictures.example.org") from error
+        raise ValueError(f"--picture-host {entry}: give names of hosts, as pictures.example.org") from error
     if _is_number(host) or (wild and "." not in host) or not 0 < number < 65536:
-        raise ValueError(f"--allow-hosts {entry}: a name is needed, as pictures.example.org or *.example.org:8443")
+        raise ValueError(f"--picture-host {entry}: a name is needed, as pictures.example.org or *.example.org:8443")
     return Allowed("*." * wild + host, number)
 
 
