@@ -268,7 +268,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"the CPU; each connection asks {result['each']} times about a picture, answers of at most "
         f"{result['max_tokens']} tokens, greedy, streamed; medians of {result['rounds']} rounds.",
         "",
-        "| connections | who | requests / s | tokens / s | tokens / CPU-s | first text p50 | p95 | whole p50 | memory |",
+        "| connections | who | requests / s | tokens / s | tokens / CPU-s | first text p50 | p95 | whole | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in result["summary"]:
@@ -283,8 +283,8 @@ def markdown(result: dict[str, Any]) -> str:
         (low, high), (least, most) = one["throughput_range"], one["first_p95_range"]
         lines.append(
             f"- {one['connections']} connections: {one['throughput']:.2f} times the throughput ({low:.2f} to "
-            f"{high:.2f}), {one['first_p95']:.2f} of the time to the first text, p95 ({least:.2f} to {most:.2f}); the same texts in "
-            f"{one['same_texts']} of {one['texts']} answers."
+            f"{high:.2f}), {one['first_p95']:.2f} of the time to the first text, p95 ({least:.2f} to "
+            f"{most:.2f}); the same texts in {one['same_texts']} of {one['texts']} answers."
         )
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vistune import __version__, cli_data, cli_evaluate, cli_models, cli_preflight, console
+from vistune import __version__, cli_data, cli_evaluate, cli_models, cli_preflight, cli_serve, console
 
 app = typer.Typer(
     add_completion=False,
@@ -47,7 +47,7 @@ def quickstart(
 
 _VERBS: tuple[Callable[..., None], ...] = (
     *(cli_models.assemble, cli_models.convert, cli_models.merge, cli_models.fetch),
-    *(cli_preflight.preflight, cli_evaluate.evaluate, cli_evaluate.score, cli_evaluate.report),
+    *(cli_preflight.preflight, cli_evaluate.evaluate, cli_evaluate.score, cli_evaluate.report, cli_serve.serve),
 )
 for _verb in _VERBS:
     app.command()(_verb)
