@@ -170,15 +170,24 @@ def test_nothing_is_decoded_for_who_has_gone_or_is_late(loaded):
     assert found.value.code == "deadline"
 
 
-def test_many_threads_at_once(loaded):
-    """What the encoder remembers of one request is not taken for another's."""
-    asked = [
-        turns({"role": "system", "content": f"Rule {i}." * (i % 5)}, shows(f"What {i}?", SHOWN[0])) for i in range(24)
-    ]
+def test_many_threads_at_once(loaded, monkeypatch):
+    """An encoder remembers what stands before the first picture, so one thread at a time may use it."""
+    asked = [turns({"role": "system", "content": f"Rule {i}."}, shows(f"What {i}?", SHOWN[0])) for i in range(12)]
     alone = [prepare(loaded, one, taken(SHOWN[0]), order()).ids for one in asked]
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda one: prepare(loaded, one, taken(SHOWN[0]), order()).ids, asked * 4))
-    assert found == alone * 4
+    encode, inside = loaded.encoder.encode, threading.Lock()
+
+    def watched(*args, **more):
+        assert inside.acquire(blocking=False), "two threads in the encoder"
+        try:
+            time.sleep(0.001)
+            return encode(*args, **more)
+        finally:
+            inside.release()
+
+    monkeypatch.setattr(loaded.encoder, "encode", watched)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda one: prepare(loaded, one, taken(SHOWN[0]), order()).ids, asked))
+    assert found == alone
 
 
 def test_order_of_turns_is_named(loaded):

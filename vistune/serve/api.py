@@ -19,11 +19,11 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from vistune import __version__, samples
+from vistune import samples
 from vistune.decoding import Settings
 from vistune.serve import wire
 from vistune.serve.completions import Answer, Desk, Gone, respond, unless_gone
-from vistune.serve.failing import handle_errors
+from vistune.serve.faults import handle_errors
 from vistune.serve.limits import Limits
 from vistune.serve.media import Media, Taken
 from vistune.serve.metrics import Metrics
@@ -38,7 +38,7 @@ _HEADERS = {"Cache-Control": "no-store"}
 
 def create(shelf: Shelf, limits: Limits, metrics: Metrics, media: Media) -> FastAPI:
     """The application: /v1/chat/completions, /v1/models and /v1/models/{name}, and errors for everything else."""
-    app = FastAPI(title="vistune", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)  # without the first, no page of docs, which is off a CDN
     asking = _Asking(shelf, limits, metrics, media, Desk(limits))
     app.add_api_route("/v1/chat/completions", asking.completions, methods=["POST"], response_model=None)
 
@@ -87,17 +87,21 @@ class _Asking:
             body = b"".join([chunk async for chunk in request.stream()])
             parts = [body]
             del body
-            wanted, work = await unless_gone(request.receive, self._ready(parts, came))
+            wanted, work = await unless_gone(
+                request.receive, self._ready(parts, came, request.scope.setdefault("vistune", {}))
+            )
             one = Answer(wanted.served, work, self.metrics, came)
             del work
             return await respond(request, one, wanted.words, stream=wanted.stream)
         except (Gone, ClientDisconnect):
             return Response(status_code=499)  # nobody reads it
 
-    async def _ready(self, body: list[bytes], came: float) -> tuple[_Wanted, Work]:
-        """The request as an engine takes it. What it came in, tens of megabytes, is let go of on the way."""
+    async def _ready(self, body: list[bytes], came: float, noted: dict[str, str]) -> tuple[_Wanted, Work]:
+        """The request as an engine takes it. What it came in, tens of megabytes, is let go of on the way. The log may
+        have what is `noted`."""
         asked = await wire.parse(body.pop())
         served = await find(self.shelf, asked.model)
+        noted["model"] = served.name
         turns, links = wire.conversation(asked, self.limits), wire.links(asked)
         order = self._order(asked, served, came, tuple(param for param, _ in links))
         wanted = _Wanted(served, bool(asked.stream), Wording(served.name, str(served.created), asked.usage))

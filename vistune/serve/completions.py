@@ -255,18 +255,18 @@ async def _events(one: Answer, said: Piece | Ended | None, words: Wording) -> As
         elif said.text:
             yield words.more(said.text)
         said = await one.next(ALIVE)
-    if (why := _failure(said)) is not None:
+    if (why := failure(said)) is not None:
         yield event(why.body())
     else:
         yield words.end(said.reason, one.prompt_tokens, said.tokens)
 
 
 def _check(said: Ended) -> None:
-    if (why := _failure(said)) is not None:
+    if (why := failure(said)) is not None:
         raise why
 
 
-def _failure(said: Ended) -> Refused | None:
+def failure(said: Ended) -> Refused | None:
     """Why an answer was not finished."""
     if said.error is None and said.reason not in ("stop", "length"):
         return Refused(503, "the answer was broken off", code="stopped")
