@@ -36,7 +36,7 @@ class Small:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         self.paths.append(path)
         if path == "/fail":
-            raise ValueError("canary-of-an-exception")
+            raise ValueError(scope["query_string"].decode())
         if path == "/flood":
             await self._flood(receive, send)
             return

@@ -246,7 +246,7 @@ def test_probes_are_in_the_log_only_when_amiss(locked: Place) -> None:
 
 
 def test_a_fault_is_ours_to_see_and_not_the_askers(unlocked: Place, capfd) -> None:
-    found = unlocked.get("/fail")
+    found = unlocked.get("/fail?canary")
     assert found.status == 500 and found.error()["type"] == "server_error"
     said = "".join(capfd.readouterr())
     assert "ValueError" in said and "guarded.py" in said
