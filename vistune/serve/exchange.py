@@ -22,7 +22,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LINGER = 5.0
-"""Seconds that a client which was refused may go on sending, so that it comes to read why."""
+"""Seconds that a client which was refused may go on sending, so that it comes to read why; ..."""
+LEAST = 1 << 22
+"""... and bytes, or as many as a body may have where those are more."""
 
 SAFE = {
     b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
@@ -125,7 +127,7 @@ class Exchange:
     async def _linger(self) -> None:
         """Read on for a while what nobody wants: a connection that is closed with unread bytes in it is reset, and the
         answer is lost on its way."""
-        until, left = time.monotonic() + min(LINGER, self._limits.stall), self._limits.body
+        until, left = time.monotonic() + min(LINGER, self._limits.stall), max(LEAST, self._limits.body)
         while self._patient and not self._whole and left > 0:
             try:
                 async with asyncio.timeout(max(until - time.monotonic(), 0)):
