@@ -235,7 +235,7 @@ NO_PICTURE = with_pictures(
     lambda at: data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
 )
 UNKNOWN = changed(
-    lambda at: {"functions": []},
+    lambda at: {"functions": [{"name": "a"}]},
     lambda at: {"top_k": 3},
     lambda at: {"__class__": {}},
     lambda at: {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}]},

@@ -1,4 +1,4 @@
-"""What a server under attack is surrounded by: a host with pictures that does its worst, canaries that nobody may touch,
+"""What a server under attack is surrounded by: a host with pictures that does its worst, canaries nobody may touch,
 files that cost more than they show.
 
     python benchmarks/serve_made.py serve MODEL ...      `vistune serve` for which the made names lead to the made host
