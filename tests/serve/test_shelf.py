@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
+from tests.made import noise_in
 from tests.models.test_adapted import logits, near, trained
-from tests.serve.served import until
+from tests.serve.served import serving, until
+from vistune.decoding import Settings, decode, marked, prompt, spoken
 from vistune.models.load import load
-from vistune.serve import watched
+from vistune.samples import Message
+from vistune.serve import engine, watched
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import open_shelf
@@ -152,7 +158,7 @@ def test_adapters_come_and_go_in_a_folder(start, adapters, tmp_path, at_once, ca
     first = shelf.find("cats")
     is_the_merged_model(shelf, first, adapters / "cats", start, tmp_path / "c")
     shelf.look()
-    assert shelf.find("cats") is first
+    assert shelf.find("cats") == first
     shutil.copytree(adapters / "dogs", folder / "cats", dirs_exist_ok=True)
     shelf.look()
     second = shelf.find("cats")
@@ -234,7 +240,7 @@ def test_a_folder_that_cannot_be_read_leaves_what_there_was(start, adapters, tmp
     shutil.rmtree(folder / "cats")
     shelf.look()
     assert names(shelf) == ["stage0"]
-    with pytest.raises(ValueError, match=r"--adapter-folder .*/nothing: no such folder"):
+    with pytest.raises(ValueError, match=r"--adapters .*/nothing: no such folder"):
         opened(start, adapter_folder=Path(tmp_path / "nothing"))
 
 
@@ -260,3 +266,68 @@ def test_a_quantised_model_says_what_it_takes_and_would(start, adapters, kind, c
     assert f"language {language} instead of 0.894 MB" in said
     SHELVES.append(shelf)
     assert not torch.allclose(worn(shelf.find("cats")), worn(shelf.find("stage0")))
+
+
+def test_what_is_free_is_shared_out_between_models(start, monkeypatch):
+    monkeypatch.setattr(engine, "_free_of_machine", lambda: 1 << 30)
+    alone, first, second = (
+        one.state().kv_tokens for one in (*opened(start).engines, *opened(f"a={start}", f"b={start}").engines)
+    )
+    assert first == second and alone == 2 * first > 0
+    said = opened(f"a={start}", f"b={start}", limits=Limits(kv_bytes=1 << 22)).engines
+    assert [one.state().kv_tokens for one in said] == [(1 << 22) // said[0].reader.kv_token_bytes] * 2
+
+
+def greedy(folder, text, picture):
+    """What one request to a model alone says, and whether a step of it was too near to call."""
+    loaded = load(folder)
+    pictures = [picture] if picture else []
+    made = prompt(loaded, [Message(role="user", text=marked(text, pictures))], pictures)
+    new = decode(loaded, [made], Settings(max_new_tokens=12))[0]
+    return spoken(loaded, new.ids), new.margin < 1e-4
+
+
+def asked(url, name, text, picture):
+    parts = [{"type": "text", "text": text}]
+    if picture:
+        data = base64.b64encode(Path(picture.path).read_bytes()).decode()
+        parts.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    body = {"model": name, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 12}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
+    assert answer["model"] == name
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_two_adapters_and_their_model_asked_at_once_answer_as_merged(start, adapters, tmp_path):
+    """Over HTTP, with pictures and without; one of the adapters has a connector of its own."""
+    folders = {"stage0": start}
+    folders |= {name: merge(adapters / name, tmp_path / name, base=start) for name in ("cats", "dogs")}
+    pictures = [None, *noise_in(tmp_path, [(40, 30), (64, 64)])]
+    questions = [(name, f"what is number {i}?", one) for i, one in enumerate(pictures) for name in folders]
+    with serving(start, shelf={"adapters": [f"{adapters}/{name}" for name in ("cats", "dogs")]}) as server:
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert [one["id"] for one in listed] == ["stage0", "cats", "dogs"]
+        with ThreadPoolExecutor(len(questions)) as pool:
+            said = list(pool.map(lambda one: asked(server.url, *one), questions))
+        assert server.idle()
+    expected = [greedy(folders[name], text, picture) for name, text, picture in questions]
+    wrong = [
+        one
+        for one, ours, (right, near_tie) in zip(questions, said, expected, strict=True)
+        if ours != right and not near_tie
+    ]
+    assert not wrong and len({right for right, _ in expected}) == len(questions)
+    assert sum(near_tie for _, near_tie in expected) <= 1
+
+
+def test_a_new_adapter_is_there_without_a_restart(start, adapters, tmp_path, at_once):
+    folder = tmp_path / "watched"
+    folder.mkdir()
+    with serving(start, shelf={"adapter_folder": folder}) as server:
+        unknown = httpx.post(
+            f"{server.url}/v1/chat/completions", json={"model": "cats", "messages": [{"role": "user", "content": "x"}]}
+        )
+        assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
+        shutil.copytree(adapters / "cats", folder / "cats")
+        assert asked(server.url, "cats", "hello", None) is not None
+        assert [one["id"] for one in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["stage0", "cats"]

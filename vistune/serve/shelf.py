@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vistune import console
@@ -39,16 +39,36 @@ class Served:
     base: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Model:
     """A model in memory. `folder`: what it was opened from, with links resolved; `asked`: whether it is served under
-    its own name, and not for its adapters' sake alone."""
+    its own name, and not for its adapters' sake alone. Its `engine` comes when all that takes memory is there."""
 
     name: str
     folder: str
-    engine: Engine
+    loaded: Loaded
     adapters: Adapters | None
     asked: bool = True
+    engine: Engine = field(init=False)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter on a model; `key` is what it is called there."""
+
+    name: str
+    model: Model
+    key: str
+    created: int
+
+    @property
+    def served(self) -> Served:
+        model = self.model
+        return Served(name=self.name, engine=model.engine, adapter=self.key, created=self.created, base=model.name)
+
+    def remove(self) -> None:
+        assert self.model.adapters is not None
+        self.model.adapters.remove(self.key)
 
 
 class Shelf:
@@ -59,9 +79,9 @@ class Shelf:
         self._created = int(time.time())
         self._lock = threading.Lock()
         self._count = 0
-        self._given: list[Served] = []
-        self._watched: Watched[Served] | None = None
-        self._gone: list[tuple[float, Served]] = []
+        self._given: list[Placed] = []
+        self._watched: Watched[Placed] | None = None
+        self._gone: list[tuple[float, Placed]] = []
 
     @property
     def engines(self) -> list[Engine]:
@@ -79,7 +99,8 @@ class Shelf:
     def served(self) -> list[Served]:
         """Models first, then adapters. From any thread, at once."""
         own = [Served(name=one.name, engine=one.engine, created=self._created) for one in self.models if one.asked]
-        return [*own, *self._given, *(self._watched.made() if self._watched else ())]
+        found = [*self._given, *(self._watched.made() if self._watched else ())]
+        return [*own, *(one.served for one in found)]
 
     def find(self, name: str) -> Served:
         """What is called `name`; the only one where none is named. Refused: 404, with the names that there are."""
@@ -101,9 +122,9 @@ class Shelf:
             late = [one for when, one in self._gone if when <= now]
             self._gone = [(when, one) for when, one in self._gone if when > now]
         for one in late:
-            self._adapters(one).remove(one.adapter)
+            one.remove()
 
-    def put(self, name: str, folder: Path, where: str = "", on: Model | None = None) -> Served:
+    def put(self, name: str, folder: Path, where: str = "", on: Model | None = None) -> Placed:
         """An adapter laid on the model that it is for, not yet listed. ValueError as `Adapters.add`, and when that
         model cannot be told."""
         where = where or str(folder)
@@ -117,30 +138,27 @@ class Shelf:
         except ValueError as error:
             raise ValueError(str(error).replace(str(folder), where)) from error
         console.say(f"adapter {name} on {model.name}: {size(made.nbytes)}, from {where}")
-        return Served(name=name, engine=model.engine, adapter=key, created=int(time.time()), base=model.name)
+        return Placed(name, model, key, int(time.time()))
 
-    def give(self, served: Served) -> None:
+    def give(self, placed: Placed) -> None:
         """List an adapter for as long as the server runs."""
-        self._given.append(served)
+        self._given.append(placed)
 
     def watch(self, folder: Path) -> None:
         """List the adapters in the subfolders of `folder`, as they come and go. ValueError when it is not there."""
         self._watched = Watched(folder, self._arrived, self._left)
         self._watched.look()
 
-    def _arrived(self, name: str, copy: Path, where: str) -> Served:
+    def _arrived(self, name: str, copy: Path, where: str) -> Placed:
         if name in {*(one.name for one in self.models if one.asked), *(one.name for one in self._given)}:
             raise ValueError(f"{where}: there is another {name!r} already; rename one of them")
         return self.put(name, copy, where)
 
-    def _left(self, served: Served) -> None:
+    def _left(self, placed: Placed) -> None:
         """Nobody finds it any more; it is let go when whoever found it before must have ended."""
-        console.say(f"adapter {served.name} on {served.base}: gone")
+        console.say(f"adapter {placed.name} on {placed.model.name}: gone")
         with self._lock:
-            self._gone.append((time.monotonic() + self.limits.deadline + SPARE, served))
-
-    def _adapters(self, served: Served) -> Adapters:
-        return next(one.adapters for one in self.models if one.engine is served.engine and one.adapters)
+            self._gone.append((time.monotonic() + self.limits.deadline + SPARE, placed))
 
     def _model_of(self, folder: Path) -> Model:
         """The model that an adapter is for: the only one, the one that it names, or the only one that it fits."""
@@ -197,26 +215,28 @@ def open_shelf(
     for one in planned:
         loaded = open_model(one.folder, device, quantize, one.base or None, template=template, precision=precision)
         say_weights(one.name, loaded)
-        opened.append(loaded)
-    each = shared(limits, opened)
-    shelf = Shelf([_model(*both, each, adapting) for both in zip(planned, opened, strict=True)], limits)
-    for one, model in zip(planned, shelf.models, strict=True):
+        opened.append(_model(one, loaded, adapting))
+    shelf = Shelf(opened, limits)
+    for one, model in zip(planned, opened, strict=True):
         for name, folder in one.adapters:
             shelf.give(shelf.put(name, Path(folder), on=model))
     for name, folder in on_top:
         shelf.give(shelf.put(name, Path(folder)))
     if adapter_folder is not None:
         shelf.watch(Path(adapter_folder))
+    for model in opened:  # what is free is known now, and shared out
+        model.engine = Engine(model.loaded, limits, model.name, model.adapters, share=1 / len(opened))
     return shelf
 
 
-def _model(planned: naming.Planned, loaded: Loaded, limits: Limits, adapting: bool) -> Model:
-    adapters = Adapters(loaded) if adapting else None
-    engine = (
-        Engine(loaded, limits, planned.name, adapters=adapters) if adapters else Engine(loaded, limits, planned.name)
+def _model(planned: naming.Planned, loaded: Loaded, adapting: bool) -> Model:
+    return Model(
+        name=planned.name,
+        folder=naming.resolved(planned.folder),
+        loaded=loaded,
+        adapters=Adapters(loaded) if adapting else None,
+        asked=planned.asked,
     )
-    folder = naming.resolved(planned.folder)
-    return Model(name=planned.name, folder=folder, engine=engine, adapters=adapters, asked=planned.asked)
 
 
 def say_weights(name: str, loaded: Loaded) -> None:
@@ -230,7 +250,3 @@ def say_weights(name: str, loaded: Loaded) -> None:
 
 def _instead(held: int, plain: int) -> str:
     return size(held) if held == plain else f"{size(held)} instead of {size(plain)}"
-
-
-def shared(limits: Limits, models: Sequence[Loaded]) -> Limits:
-    return limits

@@ -44,7 +44,7 @@ class Watched(Generic[T]):
 
     def __init__(self, folder: Path, add: Callable[[str, Path, str], T], drop: Callable[[T], None]):
         if not folder.is_dir():
-            raise ValueError(f"--adapter-folder {folder}: no such folder")
+            raise ValueError(f"--adapters {folder}: no such folder")
         self.folder, self._add, self._drop = folder, add, drop
         self._lock = threading.Lock()
         self._last = -EVERY
@@ -68,7 +68,7 @@ class Watched(Generic[T]):
             places = {one.name: place for one in self.folder.iterdir() if (place := _place(one))}
         except OSError as error:
             if not self._absent:
-                console.warn(f"--adapter-folder {self.folder}: {error.strerror or error}; what was there stays")
+                console.warn(f"--adapters {self.folder}: {error.strerror or error}; what was there stays")
             self._absent = True
             return
         self._absent = False
