@@ -46,6 +46,11 @@ class Connection(H11Protocol):
             self._clock.cancel()
         super().connection_lost(exc)
 
+    def resume_writing(self) -> None:
+        """Much was taken; that as much may soon wait again is no matter."""
+        self._unsent = 0
+        super().resume_writing()
+
     def _look(self) -> None:
         """Again and again, as long as the connection is there: one timer is cheaper than one for each thing timed."""
         self._clock = self.loop.call_later(self.limits.stall / 5, self._look)
