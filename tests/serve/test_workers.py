@@ -20,8 +20,8 @@ import httpx
 import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
-from served import listening, until
 
+from tests.serve.served import listening, until
 from vistune.serve.workers.front import Front
 from vistune.serve.workers.merged import merged
 from vistune.serve.workers.worker import Worker, least_busy

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from served import until
 
+from tests.serve.served import until
 from vistune.serve.workers import crew as crews
 from vistune.serve.workers import places as where
 from vistune.serve.workers import watched

@@ -73,7 +73,7 @@ class Crew:
         await process.start()
         ended = asyncio.create_task(process.ended())
         try:
-            while not await _ready(worker):
+            while not (await _opened(worker) and await _ready(worker)):
                 await asyncio.wait([ended], timeout=LOOK)
                 if ended.done():
                     raise ValueError(process.reason(ended.result()))
@@ -116,6 +116,15 @@ class Crew:
         finally:
             ended.cancel()
         return loop.time() - began
+
+
+async def _opened(worker: Worker) -> bool:
+    """Whether it has read its models. Asked before `_ready`, which it would count among what it has refused."""
+    try:
+        answer = await worker.get("/health", ANSWER)
+        return answer.status_code == 200 and b'"opening"' not in answer.content
+    except httpx.HTTPError:
+        return False
 
 
 async def _ready(worker: Worker) -> bool:

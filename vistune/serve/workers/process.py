@@ -25,9 +25,10 @@ LINE = 1 << 20
 
 class Process:
     """Its standard input is the pipe that ends it when we end (see `watched`); it has a session of its own, so that a
-    terminal's Ctrl-C reaches only us, who then tell it."""
+    terminal's Ctrl-C reaches only us, who then tell it. Lines with something of `hidden` in them are not passed on."""
 
-    def __init__(self, number: int, words: Sequence[str], environment: Mapping[str, str]):
+    def __init__(self, number: int, words: Sequence[str], environment: Mapping[str, str], hidden: Sequence[str] = ()):
+        self.hidden = tuple(hidden)
         self.number, self.words, self.environment = number, list(words), dict(environment)
         self.last: deque[str] = deque(maxlen=LAST)
         self._process: Any = None
@@ -62,6 +63,7 @@ class Process:
         text = line.decode("utf-8", "replace").rstrip()
         if text:
             self.last.append(text)
+        if text and not any(one in text for one in self.hidden):
             console.err.print(f"worker {self.number}: {text}", markup=False)
 
     async def ended(self) -> int:

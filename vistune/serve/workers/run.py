@@ -9,7 +9,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -18,6 +18,8 @@ from vistune import __version__, console
 from vistune.serve.guard import Guard
 from vistune.serve.limits import Limits
 from vistune.serve.listening import Listening, listen
+from vistune.serve.llava.registering import register
+from vistune.serve.llava.status import Status
 from vistune.serve.metrics import Metrics
 from vistune.serve.options import Options, address, bound, guarded, reached
 from vistune.serve.workers.crew import Crew
@@ -30,6 +32,8 @@ LONGEST_SOCKET = 100
 """Characters of a Unix socket's path; systems take 104 to 108."""
 ENDING = 5.0
 """Seconds that a worker's process has to end, once its answers have ended."""
+NAMES = 15.0
+"""Seconds between questions which models there are."""
 MOST = 64
 
 
@@ -49,7 +53,7 @@ def run(words: Sequence[str], limits: Limits, options: Options, count: int, *, d
         def started(worker: Worker) -> Process:
             place = found[worker.number]
             at = [*(["--device", place.device] if place.device else []), "--uds", str(worker.place)]
-            return Process(worker.number, [*PROGRAM, *words, *at], place.environment)
+            return Process(worker.number, [*PROGRAM, *words, *at], place.environment, hidden=(str(folder), "  key   "))
 
         _serve(Crew(workers, started), limits, options)
     finally:
@@ -59,28 +63,32 @@ def run(words: Sequence[str], limits: Limits, options: Options, count: int, *, d
 def _serve(crew: Crew, limits: Limits, options: Options) -> None:
     place = bound(options)
     metrics = Metrics()
-    guard = guarded(_unready, limits, options, metrics)
-    guard.app = Front(crew.workers, lambda: metrics.text({}).decode(), lambda: guard.draining)
-    at = address(options, place)
-    console.say(f"{len(crew.workers)} workers read the models; {at}/health answers already")
-    server = Fronting(guard, crew, lambda: _welcome(crew, reached(options, place)), options.uds)
+    front = Front(crew.workers, lambda: metrics.text({}).decode(), lambda: guard.draining)
+    guard = guarded(front, limits, options, metrics)
+    console.say(f"{len(crew.workers)} workers read the models; {address(options, place)}/health answers already")
+
+    def said(names: Sequence[str]) -> None:
+        console.say(f"vistune {__version__} serves {', '.join(names)} with {len(crew.workers)} workers")
+        for line in reached(options, place):
+            console.say(line)
+        register(options, place, server.status)
+
+    server = Fronting(guard, crew, said, options.uds)
     listen(server, place)
     if server.error is not None:
         raise server.error
 
 
-async def _unready(scope: object, receive: object, send: object) -> None:
-    raise AssertionError("the front takes its place before anything is asked")
-
-
 class Fronting(Listening):
-    """Listens, starts the workers, and ends with them. `error`: why they could not start."""
+    """Listens, starts the workers, tells `said` the names of their models, and ends with them. `error`: why they could
+    not start."""
 
-    def __init__(self, guard: Guard, crew: Crew, welcome: Callable[[], Awaitable[None]], path: str = ""):
+    def __init__(self, guard: Guard, crew: Crew, said: Callable[[Sequence[str]], None], path: str = ""):
         super().__init__(guard, lambda: None, lambda: self.begun, path)
-        self.crew, self.welcome = crew, welcome
+        self.crew, self.said = crew, said
         self.begun = False
-        self.error: ValueError | None = None
+        self.names: list[str] = []
+        self.error: Exception | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         opening = asyncio.create_task(self._open())
@@ -91,12 +99,20 @@ class Fronting(Listening):
             await asyncio.gather(opening, return_exceptions=True)
             await self.crew.end(ENDING)
 
+    def status(self) -> Status:
+        """All workers as one, for a controller of LLaVA's. From any thread."""
+        return Status(tuple(self.names), 1.0, float(sum(one.busy for one in self.crew.workers)))
+
     async def _open(self) -> None:
         try:
             await self.crew.begin()
+            self.names = await models(self.crew.workers)
             self.begun = True
-            await self.welcome()
-        except ValueError as error:
+            self.said(self.names)
+            while True:  # adapters come and go
+                await asyncio.sleep(NAMES)
+                self.names = await models(self.crew.workers) or self.names
+        except Exception as error:  # noqa: BLE001 - raised again in the main thread, when the server has ended
             self.error, self.should_exit = error, True
 
     async def _drain(self) -> None:
@@ -105,16 +121,8 @@ class Fronting(Listening):
         await super()._drain()
 
 
-async def _welcome(crew: Crew, lines: Sequence[str]) -> None:
-    """What is served, by which workers, and how it is reached."""
-    said = await models(crew.workers)
-    console.say(f"vistune {__version__} serves {', '.join(said)} with {len(crew.workers)} workers")
-    for line in lines:
-        console.say(line)
-
-
 async def models(workers: Sequence[Worker]) -> list[str]:
-    """The names that the first worker that is there says; none where it says none."""
+    """The names that the first worker that is there says; none where none does."""
     for worker in [one for one in workers if one.ready]:
         try:
             answer = await worker.get("/v1/models", ENDING)
