@@ -48,7 +48,7 @@ class Piece:
 class Ended:
     """The end of an answer. `reason`: "stop", "length", "error" (then `error` says why), or "left" (the asker went).
 
-    `margin`: the smallest gap between the two best logits of a greedy answer's steps, infinite where none were compared.
+    `margin`: the smallest gap between the two best logits of a greedy answer's steps, infinite where there are none.
     """
 
     reason: str
@@ -59,13 +59,16 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """An engine at a moment: requests that run and wait, tokens of keys and values that are reserved of those there are,
-    bytes of remembered pictures; whether it is alive, and seconds since its loop last turned."""
+    """An engine at a moment: requests that run and wait, tokens of keys and values that are reserved of those that
+    there are, bytes of remembered pictures, pictures that were encoded and such as needed not be, being known already; whether it
+    is alive, and seconds since its loop last turned (0 while it has nothing to do)."""
 
     running: int = 0
     waiting: int = 0
     kv_used: int = 0
     kv_tokens: int = 0
     pictures_held: int = 0
+    pictures_seen: int = 0
+    pictures_again: int = 0
     alive: bool = True
     idle: float = 0.0

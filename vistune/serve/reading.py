@@ -1,0 +1,220 @@
+"""Pictures and prompts within a time: what is seen and read in the next call, for whom, and what it cost.
+
+Knows a reader's calls and a lane's rows; nothing of who waits for a row, and of how tokens are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vistune.serve.budget import Cost, together
+from vistune.serve.failing import free_memory
+from vistune.serve.lane import Lane, Sight, Ticket
+from vistune.serve.seen import Seen
+
+LEAST = 16
+"""Tokens of the smallest piece of a prompt: below it a call costs what this costs."""
+MOST = 4096
+"""Tokens that are read, or into which pictures are encoded, in one call: what a call needs beside the weights stays
+small beside them."""
+
+
+class Reading:
+    """`reader`: see `vistune.serve.reader`. `clock`: seconds, read when all that was asked of the device is done.
+    `begin(lane, tickets, logits)` is called for those that are read to their ends."""
+
+    def __init__(
+        self,
+        reader: Any,
+        held: int,
+        clock: Callable[[], float],
+        begin: Callable[[Lane, list[Ticket], Tensor], None],
+    ):
+        self.reader, self.clock, self.begin = reader, clock, begin
+        self.seen = Seen(held)
+        self.reads, self.sights = Cost(), Cost()
+        self.pictures_seen = self.pictures_again = 0
+        self.bytes_out = 0
+        """Bytes of requests that are not needed any more."""
+        self.most = MOST
+        self.concerned: list[Ticket] = []
+        """Those for whom the current call computes."""
+        self.looks = False
+        """Whether that call sees pictures or lays prompts, which are a request's own."""
+
+    def at_fault(self) -> bool:
+        """Whether what just went wrong was a request's own, since a prompt without pictures can be laid still."""
+        if not self.looks:
+            return False
+        self.looks = False
+        try:
+            self.reader.embed([0], ())
+        except Exception:  # noqa: BLE001 - that is the answer
+            return False
+        return True
+
+    def sight(self, ticket: Ticket, eyes: str) -> None:
+        """What has to be seen for a request, by `eyes`: each picture, or all together where none is seen alone."""
+        work = ticket.work
+        if not work.pictures:
+            return
+        digests = work.digests or (b"",) * len(work.pictures)
+        if self.reader.alone:
+            each = zip(work.pictures, digests, strict=True)
+            ticket.sights = [Sight((eyes, digest), [picture]) for picture, digest in each]
+        else:
+            whole = b"".join(digests) if all(digests) else b""
+            ticket.sights = [Sight((eyes, whole), work.pictures)]
+
+    def read(self, lane: Lane, lanes: Sequence[Lane], left: float, must: bool) -> float:
+        """See and read within `left` seconds, at least the smallest piece where something `must` be; the seconds spent.
+        Who came first goes first, so a picture behind a prompt waits for it."""
+        spent, self.looks = 0.0, False
+        self.concerned.clear()
+        if lane.reading and self._blind(lane.reading[0]):
+            spent = self._see(lane, lanes, left, must)
+        spent += self._piece(lane, left - spent, must and not spent)
+        if any(self._blind(one) for one in lane.reading):
+            spent += self._see(lane, lanes, left - spent, must and not spent)
+        return spent
+
+    def let_go(self, ticket: Ticket) -> None:
+        """What the request brought is not needed any more."""
+        self.bytes_out += ticket.nbytes
+        ticket.nbytes = 0
+        ticket.forget_pictures()
+
+    # Pictures.
+
+    def _blind(self, ticket: Ticket) -> bool:
+        """Whether a picture is missing that is not remembered either."""
+        for one in ticket.sights:
+            if one.features is None and one.key[1] and (known := self.seen.get(one.key)):
+                one.features = known
+                self.pictures_again += len(one.pictures)
+        return ticket.blind
+
+    def _see(self, lane: Lane, lanes: Sequence[Lane], left: float, must: bool, most: int = 1 << 30) -> float:
+        """Pictures in one call, those of the first who wait for theirs; each that is the same one gets it. Where the
+        call fails the first is seen alone, so that nobody suffers from another's picture."""
+        chosen = self._fitting(list(self._missing(lane)), left, must)[:most]
+        if not chosen:
+            return 0.0
+        begun, tokens = self.clock(), sum(map(len, chosen))
+        self.concerned[:] = [one for one in lane.reading if any(sight in one.sights for sight in chosen)]
+        self.looks = True
+        try:
+            features = self.reader.see([picture for sight in chosen for picture in sight.pictures])
+        except Exception as error:
+            if len(chosen) == 1:
+                raise
+            if isinstance(error, torch.OutOfMemoryError):
+                self.most = tokens // 2
+                free_memory()
+            return self._see(lane, lanes, left, True, 1)
+        spent = max(self.clock() - begun, 1e-9)
+        self.looks = False
+        self.sights.add(tokens, spent)
+        for sight in chosen:
+            sight.features, features = features[: len(sight.pictures)], features[len(sight.pictures) :]
+            self.pictures_seen += len(sight.pictures)
+            self._share(sight, lanes)
+        return spent
+
+    def _missing(self, lane: Lane) -> Iterator[Sight]:
+        """What is to be seen, in the order in which requests came, each picture once."""
+        found: set[Any] = set()
+        for one in (one for ticket in lane.reading for one in ticket.sights):
+            name = one.key if one.key[1] else id(one)
+            if one.features is None and name not in found:
+                found.add(name)
+                yield one
+
+    def _fitting(self, sights: Sequence[Sight], left: float, must: bool) -> list[Sight]:
+        """The first of them that go into one call and into the time."""
+        chosen: list[Sight] = []
+        tokens = 0
+        for sight in sights:
+            if chosen and not (self.reader.alone and sight.like(chosen[0])):
+                continue
+            tokens += len(sight)
+            late = tokens > self.most or not self.sights.calls or self.sights.seconds(tokens) > left
+            if late if chosen else late and not must:
+                break
+            chosen.append(sight)
+        return chosen
+
+    def _share(self, sight: Sight, lanes: Sequence[Lane]) -> None:
+        """All who are here and ask about the same picture have it from now on, and for a while who comes later."""
+        assert sight.features is not None
+        if not sight.key[1]:
+            return
+        self.seen.put(sight.key, sight.features)
+        for other in (one for lane in lanes for ticket in lane.reading for one in ticket.sights):
+            if other.features is None and other.key == sight.key:
+                other.features = sight.features
+                self.pictures_again += len(other.pictures)
+
+    # Prompts.
+
+    def _piece(self, lane: Lane, left: float, must: bool) -> float:
+        """The next piece of prompts, of as many as read the most in the time."""
+        ready = [one for one in lane.reading if not one.blind]
+        budget = int(min(self.reads.most(left), self.most)) if left > 0 else 0
+        if budget < LEAST:
+            budget = LEAST if must else 0
+        if not ready or not budget:
+            return 0.0
+        count, most = together([one.left for one in ready], budget, LEAST)
+        begun = self.clock()
+        chosen = self._in_rows(lane, ready[:count])
+        counts = [min(one.left, most) for one in chosen]
+        try:
+            logits = self._pieces(lane, chosen, counts)
+        except torch.OutOfMemoryError:
+            if count * max(counts) <= LEAST:
+                raise
+            self.most = max(LEAST, count * max(counts) // 2)
+            lane.again(chosen)
+            free_memory()
+            return max(self.clock() - begun, 1e-9)
+        spent = max(self.clock() - begun, 1e-9)
+        self.reads.add(count * max(counts), spent)
+        self.most = min(self.most + LEAST, MOST)
+        for ticket, read in zip(chosen, counts, strict=True):
+            ticket.place += read
+        done = [i for i, one in enumerate(chosen) if not one.left]
+        if done:
+            self.begin(lane, [chosen[i] for i in done], logits if len(done) == count else logits[done])
+        return spent
+
+    def _in_rows(self, lane: Lane, tickets: list[Ticket]) -> list[Ticket]:
+        """Each with a row and its prompt laid, in the order of rows: neighbours are read where they lie."""
+        self.looks = True
+        for ticket in tickets:
+            self.concerned[:] = [ticket]
+            if ticket.row is None:
+                features = [one for sight in ticket.sights for one in sight.features or ()]
+                ticket.embeds = self.reader.embed(ticket.ids, features)
+                self.let_go(ticket)
+                lane.place(ticket)
+        self.looks = False
+        self.concerned[:] = tickets
+        return sorted(tickets, key=lambda one: one.row or 0)
+
+    def _pieces(self, lane: Lane, chosen: list[Ticket], counts: list[int]) -> Tensor:
+        pieces = [
+            one.embeds[one.place : one.place + count]
+            for one, count in zip(chosen, counts, strict=True)
+            if one.embeds is not None
+        ]
+        embeds = pad_sequence(pieces, batch_first=True) if len(pieces) > 1 else pieces[0].unsqueeze(0)
+        logits: Tensor = self.reader.read(
+            lane.kv, [one.row for one in chosen], embeds, [one.place for one in chosen], counts
+        )
+        return logits
