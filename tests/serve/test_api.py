@@ -333,7 +333,7 @@ def inside(loaded):
         )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(body=request)
 def test_any_json_gets_an_answer_or_a_reason(inside, body):
     response = inside(body)

@@ -158,6 +158,34 @@ def test_bodies_that_are_no_request(body):
     assert found.value.status == 400 and len(found.value.message) < 200
 
 
+PART = '{"type": "text", "text": ""}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"messages": [{"role": "user", "content": [' + ", ".join([PART] * 1_000_000) + "]}]}",
+        '{"metadata": [' + "1," * 10_000_000 + "1]}",
+        '{"metadata": [' + "{}," * 10_000_000 + "1]}",
+        '{"metadata": ' + "[" * 10_000_000,
+        '{"a": "\\\\", "metadata": [' + "1," * 10_000_000 + "1]}",
+        '{"a": "' + '\\"' * 10_000_000 + '"}',
+        "{" + ", ".join(f'"{i}": 0' for i in range(1_000_000)) + "}",
+    ],
+    ids=["parts", "numbers", "objects", "depth", "escaped", "quotes", "names"],
+)
+def test_millions_of_values_are_refused_before_they_are_parsed(body, monkeypatch):
+    monkeypatch.setattr(wire.Asked, "model_validate_json", lambda _: pytest.fail("parsed"))
+    with pytest.raises(Refused) as found:
+        wire.read(body.encode())
+    assert (found.value.status, found.value.code) == (400, "too_many_values")
+
+
+@pytest.mark.parametrize("words", ['say "[{,' * 10_000, "[{," * 1_000_000, '\\"\\,' * 20_000, "\\", '\\"', '",' * 1000])
+def test_what_stands_in_strings_is_not_counted(words):
+    assert read(messages=[{"role": "user", "content": words}] * 2).messages[1].content == words
+
+
 def test_both_limits_of_tokens_must_agree():
     assert read(max_tokens=5, max_completion_tokens=5).tokens == 5
     assert read(max_completion_tokens=7).tokens == 7 and read().tokens is None
@@ -270,7 +298,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(wire.Asked.model_fields)), json_values))
 def test_any_json_is_read_or_refused_without_its_contents(fields):
     try:
