@@ -6,6 +6,7 @@ Knows no routes but those that show whether the server lives.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 import time
@@ -81,6 +82,10 @@ class Guard:
                 refusal = exchange.refusal
         except Refused as error:
             refusal = error
+        except asyncio.CancelledError:
+            if not self.draining:
+                raise
+            refusal = Refused(503, "the server has stopped", code="stopping")
         except Exception as error:  # noqa: BLE001 - the asker is told, the log too, without what was asked
             self._explain(error)
             refusal = Refused(500, "the server failed; its log says where", code="internal")
