@@ -5,6 +5,7 @@ Knows addresses that were checked, and nothing of who is chosen.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -42,8 +43,10 @@ class Others:
                     said += piece
                     if len(said) > MOST_STATUS:
                         break
-            return read_status(httpx.Response(answer.status_code, content=said).raise_for_status().json())
-        except (httpx.HTTPError, ValueError) as error:  # Refused is one
+            if answer.status_code != 200:
+                raise ValueError(f"status {answer.status_code}")
+            return read_status(json.loads(said))
+        except (httpx.HTTPError, ValueError, RecursionError) as error:  # Refused is one
             why = f"no worker says how it is at {address}: {_named(error)}"
             raise Refused(400, why, param="worker_name", code="worker_silent") from None
 
@@ -89,6 +92,7 @@ async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _named(error: Exception) -> str:
-    if isinstance(error, Refused):
-        return error.message
-    return f"status {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+    """In our own words: an error's may repeat what a worker said."""
+    if isinstance(error, json.JSONDecodeError) or not isinstance(error, ValueError):
+        return type(error).__name__
+    return str(error)

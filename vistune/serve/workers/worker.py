@@ -29,7 +29,7 @@ class Worker:
         self.starts = 0
         none_kept = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(place), limits=none_kept), trust_env=False
+            transport=httpx.AsyncHTTPTransport(uds=str(place), limits=none_kept, verify=False), trust_env=False
         )
 
     @contextmanager
