@@ -1,4 +1,5 @@
-"""Who is answered when, with a reader that computes next to nothing: everybody once, in order, whole, within the memory."""
+"""Who is answered when, with a reader that computes next to nothing: everybody once, in order, whole, within
+the memory."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import gc
 import math
 import time
 import weakref
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -70,9 +72,8 @@ def test_everybody_is_answered_once_in_order_and_within_the_memory(events, rows,
     for event in [*events, 400]:
         if isinstance(event, Work):
             here.append((event, *handed_in(one, event)))
-        elif isinstance(event, tuple):
-            if here:
-                here[event[1] % len(here)][1].leave()
+        elif isinstance(event, tuple) and here:
+            here[event[1] % len(here)][1].leave()
         for _ in range(event if isinstance(event, int) else 0):
             before = list(one.waiting)
             one.step()
@@ -108,7 +109,7 @@ def test_identical_pictures_are_encoded_once_also_for_those_who_wait():
     for _ in range(5):
         handed_in(one, work([1, PICTURE, 2, PICTURE], 3, [7, 8]))
     run(one)
-    assert sorted(sum(reader.seen, [])) == [7, 8]
+    assert sorted(chain(*reader.seen)) == [7, 8]
     assert (one.state().pictures_seen, one.state().pictures_again) == (2, 8)
     assert one.state().pictures_held == 2 * 3 * 4
 
@@ -150,7 +151,7 @@ def test_pictures_without_a_digest_are_never_taken_for_each_other():
         given = Work(ids=plain.ids, settings=plain.settings, pictures=plain.pictures)
         _, heard = handed_in(one, given)
     run(one)
-    assert sorted(sum(reader.seen, [])) == [7, 8] and heard.text == expected(work([1, PICTURE], 3, [8]))
+    assert sorted(chain(*reader.seen)) == [7, 8] and heard.text == expected(work([1, PICTURE], 3, [8]))
 
 
 # Time.

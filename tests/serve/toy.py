@@ -1,5 +1,5 @@
-"""A reader, keys and values, a tongue and a drawing that compute next to nothing but notice every mistake: what a row says
-next depends on all that it was given, in its order, so a swapped row, a lost token or another's picture changes it."""
+"""A reader, keys and values, a tongue and a drawing that compute next to nothing but notice every mistake: what a row
+says next depends on all that it was given, in its order, so a swapped row, a lost token or another's picture changes it."""
 
 from __future__ import annotations
 

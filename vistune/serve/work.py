@@ -60,8 +60,8 @@ class Ended:
 @dataclass(frozen=True, kw_only=True)
 class State:
     """An engine at a moment: requests that run and wait, tokens of keys and values that are reserved of those that
-    there are, bytes of remembered pictures, pictures that were encoded and such as needed not be, being known already; whether it
-    is alive, and seconds since its loop last turned (0 while it has nothing to do)."""
+    there are, bytes of remembered pictures, pictures that were encoded and such as needed not be, being known already;
+    whether it is alive, and seconds since its loop last turned (0 while it has nothing to do)."""
 
     running: int = 0
     waiting: int = 0

@@ -1,0 +1,354 @@
+"""An engine under load: what it says is what one request alone is told, whoever comes and goes meanwhile."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from tests.each_family import each_family, folders_in
+from tests.made import WORDS, noise_in, stage0
+from tests.serve.served import until
+from vistune.decoding import Settings, decode, marked, prompt, shown
+from vistune.models.load import Loaded, load
+from vistune.samples import Image, Message
+from vistune.serve.engine import Engine
+from vistune.serve.limits import Limits
+from vistune.serve.refused import Refused
+from vistune.serve.work import Ended, Piece, Work
+from vistune.speech import spoken
+
+SIZES = [(70, 40), (56, 56), (30, 90), (100, 60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return stage0(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return noise_in(tmp_path_factory.mktemp("pictures"), SIZES)
+
+
+class Listener:
+    """Hears an answer, in the engine's thread."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.ends: list[Ended] = []
+        self.over = threading.Event()
+
+    def __call__(self, said: Piece | Ended) -> None:
+        assert not self.ends
+        if isinstance(said, Ended):
+            self.ends.append(said)
+            self.over.set()
+        else:
+            self.pieces.append(said)
+
+    @property
+    def text(self) -> str:
+        return "".join(one.text for one in self.pieces)
+
+    def end(self, seconds: float = 60.0) -> Ended:
+        assert self.over.wait(seconds), "never ended"
+        return self.ends[0]
+
+
+def asked(loaded: Loaded, turns: Sequence[str], seen: Sequence[Image], **how: Any) -> Work:
+    """A conversation whose pictures come with its first question."""
+    roles = ["user", "assistant"] * len(turns)
+    messages = [Message(role=role, text=text) for role, text in zip(roles, turns, strict=False)]
+    messages[0] = replace(messages[0], text=marked(messages[0].text, seen))
+    made = prompt(loaded, messages, seen)
+    settings = Settings(**{key: how.pop(key) for key in list(how) if key in vars(Settings())})
+    each = tuple(shown(loaded, one) for one in seen)
+    digests = tuple(str(one.path).encode() for one in seen)
+    return Work(ids=made.ids, settings=settings, pictures=each, digests=digests, **how)
+
+
+def alone(loaded: Loaded, work: Work) -> tuple[str, int, float]:
+    """The text of one request's `decode`, its tokens and its margin."""
+    from_work = [one.pixels for one in work.pictures], [one.grid for one in work.pictures if one.grid]
+    new = decode(
+        loaded, [type(prompt(loaded, [Message(role="user", text="")], []))(work.ids, *from_work)], work.settings
+    )[0]
+    return spoken(loaded, new.ids), len(new.ids), new.margin
+
+
+def some(loaded: Loaded, pictures: Sequence[Image], count: int, seed: int, most: int = 24) -> list[Work]:
+    """Requests with and without pictures, of one to three turns, greedy and sampled."""
+    made = random.Random(seed)
+    found = []
+    for i in range(count):
+        turns = [" ".join(made.choices(WORDS.split(), k=made.randint(1, 40))) for _ in range(made.choice([1, 1, 3]))]
+        seen = [made.choice(pictures) for _ in range(made.choice([0, 1, 1, 2]))]
+        how = {"temperature": 0.8, "top_p": 0.9, "seed": i} if i % 5 == 4 else {}
+        found.append(asked(loaded, turns, seen, max_new_tokens=made.randint(1, most), **how))
+    return found
+
+
+@dataclass
+class Seen:
+    """What a reader was asked to see."""
+
+    calls: list[int]
+
+    @classmethod
+    def by(cls, engine: Engine) -> Seen:
+        see: Any = engine.reader.see
+        seen = cls([])
+
+        def counted(pictures: Any) -> Any:
+            seen.calls.append(len(pictures))
+            return see(pictures)
+
+        engine.reader.see = counted  # type: ignore[method-assign]
+        return seen
+
+
+def at_load(loaded: Loaded, works: Sequence[Work], **limits: Any) -> tuple[Engine, list[Listener]]:
+    """All of them from four threads, at random times, beside others that leave on the way."""
+    engine = Engine(loaded, Limits(**limits), "tiny")
+    engine.start()
+    heard = [Listener() for _ in works]
+
+    def sends(number: int) -> None:
+        pause = random.Random(number)
+        for i in range(number, len(works), 4):
+            engine.submit(works[i], heard[i])
+            leaves = Listener()
+            ticket = engine.submit(replace(works[i], settings=Settings(max_new_tokens=200)), leaves)
+            time.sleep(pause.random() * 0.02)
+            ticket.leave()
+
+    threads = [threading.Thread(target=sends, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in heard:
+        one.end()
+    return engine, heard
+
+
+def check_parity(loaded: Loaded, works: Sequence[Work], heard: Sequence[Listener]) -> None:
+    near = 0
+    for work, one in zip(works, heard, strict=True):
+        text, tokens, margin = alone(loaded, work)
+        end = one.end()
+        if work.settings.temperature == 0 and min(margin, end.margin) < 1e-4:
+            near += 1
+            continue
+        assert one.text == text and end.tokens == tokens
+        assert end.reason == ("length" if tokens == work.settings.max_new_tokens else "stop") or end.reason == "stop"
+        if work.settings.temperature == 0:
+            assert end.margin == pytest.approx(margin, abs=1e-4)
+    assert near <= 1
+
+
+def test_answers_at_any_load_are_those_of_one_request_alone(loaded, pictures):
+    works = some(loaded, pictures, 24, 0)
+    engine, heard = at_load(loaded, works, rows=8, prefill_ms=5)
+    try:
+        assert until(lambda: engine.state().running == 0)
+        state = engine.state()
+        assert (state.waiting, state.kv_used) == (0, 0) and state.alive
+        assert state.pictures_seen == len({digest for work in works for digest in work.digests})
+        assert state.pictures_held == state.pictures_seen * 16 * 64 * 4
+    finally:
+        engine.stop()
+    check_parity(loaded, works, heard)
+
+
+@pytest.mark.slow
+@each_family
+def test_answers_at_load_in_every_family(name, tmp_path_factory, pictures):
+    loaded = load(folders_in(tmp_path_factory.mktemp("families"))(name))
+    works = some(loaded, pictures, 16, 1, most=16)
+    engine, heard = at_load(loaded, works, rows=6, prefill_ms=5)
+    engine.stop()
+    check_parity(loaded, works, heard)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, template", [("mpt", "plain"), ("qwen2", "qwen_2"), ("phi3", "v1")])
+def test_answers_at_load_of_other_language_models(kind, template, tmp_path, pictures):
+    loaded = load(stage0(tmp_path, kind, template))
+    works = some(loaded, pictures, 12, 2, most=12)
+    works = [work for work in works if len(work.ids) + 12 < 250]
+    engine, heard = at_load(loaded, works, rows=6, prefill_ms=5)
+    engine.stop()
+    check_parity(loaded, works, heard)
+
+
+def test_a_stop_of_ones_own_cuts_the_text(loaded, pictures):
+    work = asked(loaded, ["What is it?"], pictures[:1], max_new_tokens=40)
+    text = alone(loaded, work)[0]
+    stop = text[7:12]
+    engine = Engine(loaded, Limits())
+    engine.start()
+    try:
+        heard = Listener()
+        engine.submit(replace(work, stops=(stop, "never")), heard)
+        assert heard.end().reason == "stop" and heard.text == text[: text.index(stop)].rstrip()
+        assert heard.end().tokens < 40
+    finally:
+        engine.stop()
+
+
+def test_what_can_never_be_answered_is_refused_at_once(loaded):
+    engine = Engine(loaded, Limits(context=100, queue=2, rows=1, kv_bytes=1 << 20))
+    with pytest.raises(Refused) as refused:
+        engine.submit(Work(ids=[1] * 90, settings=Settings(max_new_tokens=11)), Listener())
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded") and "100" in str(
+        refused.value
+    )
+    with pytest.raises(Refused) as refused:
+        engine.submit(Work(ids=[1], settings=Settings(), adapter="nobody's"), Listener())
+    assert refused.value.status == 404
+    short = Work(ids=[1] * 9, settings=Settings(max_new_tokens=11))
+    heard = [Listener() for _ in range(3)]
+    for one in heard:
+        engine.submit(short, one)
+    with pytest.raises(Refused) as refused:
+        engine.submit(short, Listener())
+    assert (refused.value.status, refused.value.code) == (429, "queue_full") and refused.value.retry_after >= 1
+    engine.stop()
+    errors = [one.end().error for one in heard]
+    assert {(error.status, error.code) for error in errors if error} == {(503, "stopping")} and all(errors)
+    with pytest.raises(Refused, match="stopping"):
+        engine.submit(short, Listener())
+    assert not engine.state().alive
+
+
+def test_a_small_memory_bounds_the_context(loaded):
+    engine = Engine(loaded, Limits(kv_bytes=300 * 512))
+    assert engine.reader.kv_token_bytes == 512 and engine.context == 300
+
+
+def test_pictures_that_wait_are_bounded_in_bytes(loaded, pictures):
+    work = asked(loaded, ["?"], pictures[:1], max_new_tokens=4)
+    engine = Engine(loaded, Limits(waiting_bytes=work.nbytes * 2))
+    heard = [Listener() for _ in range(2)]
+    for one in heard:
+        engine.submit(work, one)
+    with pytest.raises(Refused) as refused:
+        engine.submit(work, Listener())
+    assert refused.value.status == 429
+    engine.start()
+    for one in heard:
+        one.end()
+    engine.submit(work, again := Listener())
+    assert again.end().reason in ("stop", "length")
+    engine.stop()
+
+
+def endless(loaded: Loaded, tokens: int = 1500) -> Work:
+    """A prompt whose greedy answer is long."""
+    for first in range(40, 400):
+        work = Work(ids=[1, first, first + 7], settings=Settings(max_new_tokens=60))
+        if alone(loaded, work)[1] == 60:
+            return replace(work, settings=Settings(max_new_tokens=tokens))
+    raise AssertionError("this model says little")
+
+
+def test_stopping_lets_answers_end_within_the_drain_and_no_longer(loaded):
+    engine = Engine(loaded, Limits())
+    engine.start()
+    long, short = Listener(), Listener()
+    engine.submit(endless(loaded), long)
+    engine.submit(Work(ids=[1, 50], settings=Settings(max_new_tokens=3)), short)
+    assert until(lambda: long.pieces)
+    engine.stop(drain=0.2)
+    assert short.end().reason in ("stop", "length")
+    end = long.end()
+    assert end.error is None or (end.error.status, end.error.code) == (503, "stopping")
+    assert long.text
+
+
+def test_who_leaves_frees_its_row(loaded):
+    engine = Engine(loaded, Limits(rows=1))
+    engine.start()
+    try:
+        first, second = Listener(), Listener()
+        ticket = engine.submit(endless(loaded), first)
+        engine.submit(Work(ids=[1, 50], settings=Settings(max_new_tokens=3)), second)
+        assert until(lambda: first.pieces) and not second.pieces
+        ticket.leave()
+        assert first.end().reason == "left" and second.end().reason in ("stop", "length")
+    finally:
+        engine.stop()
+
+
+def test_three_failures_in_a_row_end_the_engine_and_one_does_not(loaded):
+    engine = Engine(loaded, Limits())
+    reader: Any = engine.reader
+    step, fails = reader.step, [RuntimeError("lost")]
+
+    def broken(*given: Any) -> Any:
+        if fails:
+            raise fails.pop()
+        return step(*given)
+
+    reader.step = broken
+    engine.start()
+    work = Work(ids=[1, 50, 60], settings=Settings(max_new_tokens=3))
+    engine.submit(work, first := Listener())
+    error = first.end().error
+    assert error is not None and (error.status, error.code) == (500, "engine_error") and "lost" in error.message
+    engine.submit(work, second := Listener())
+    assert second.end().reason in ("stop", "length") and engine.state().alive
+    reader.read = broken
+    for _ in range(3):
+        fails.append(RuntimeError("lost"))
+        engine.submit(work, last := Listener())
+        assert last.end().reason == "error"
+    assert until(lambda: not engine.state().alive)
+    with pytest.raises(Refused) as refused:
+        engine.submit(work, Listener())
+    assert refused.value.code == "engine_dead"
+
+
+def test_a_failure_of_the_scheduler_itself_ends_those_who_are_here(loaded, monkeypatch):
+    engine = Engine(loaded, Limits())
+    admit, fails = engine.scheduler._admit, [KeyError("x")]
+
+    def broken() -> None:
+        if fails:
+            raise fails.pop()
+        admit()
+
+    monkeypatch.setattr(engine.scheduler, "_admit", broken)
+    engine.start()
+    work = Work(ids=[1, 50, 60], settings=Settings(max_new_tokens=3))
+    engine.submit(work, first := Listener())
+    assert first.end().reason == "error"
+    engine.submit(work, second := Listener())
+    assert second.end().reason in ("stop", "length")
+    engine.stop()
+
+
+def test_pictures_of_requests_together_are_seen_once(loaded, pictures):
+    engine = Engine(loaded, Limits(rows=2))
+    seen = Seen.by(engine)
+    works = [asked(loaded, [f"What {i}?"], pictures[:2], max_new_tokens=3) for i in range(6)]
+    heard = [Listener() for _ in works]
+    for work, one in zip(works, heard, strict=True):
+        engine.submit(work, one)
+    engine.start()
+    for one in heard:
+        one.end()
+    assert sum(seen.calls) == 2 and engine.state().pictures_again == 10
+    engine.stop()
