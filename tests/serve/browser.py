@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,8 +79,8 @@ class Watched:
     def close(self) -> None:
         for context in self.contexts:
             context.close()
-        assert not self.foreign
-        assert not self.errors
+        assert not self.foreign, self.foreign
+        assert not self.errors, self.errors
 
 
 @contextmanager
@@ -113,6 +114,14 @@ def dropped(page: Any, *files: tuple[str, str, bytes], event: str = "drop") -> N
     )
 
 
+def comes(page: Any, true: str) -> None:
+    """Wait until this expression is true. (The policy of the page forbids Playwright's own way, which is `eval`.)"""
+    end = time.monotonic() + QUIET / 1000
+    while not page.evaluate(true):
+        assert time.monotonic() < end, true
+        page.wait_for_timeout(10)
+
+
 def asked(page: Any, text: str) -> None:
     page.fill("#text", text)
     page.click("#send")
@@ -134,6 +143,7 @@ class Stub:
     def __init__(self, votes: Path | None = None, **limits: Any):
         self.limits = Limits(**limits)
         self.models = ["tiny", "other"]
+        self.contexts: dict[str, int] = {}
         self.says: list[str | dict[str, Any] | bytes] = ["Four ", "sevens."]
         self.refuses: Refused | None = None
         self.bodies: list[dict[str, Any]] = []
@@ -158,7 +168,8 @@ class Stub:
         return JSONResponse(error.body(), error.status, headers)
 
     async def _models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0} for name in self.models]}
+        each = [{"id": name, "object": "model", "context": self.contexts.get(name, 4096)} for name in self.models]
+        return {"object": "list", "data": each}
 
     async def _completions(self, request: Request) -> Response:
         self.headers.append(dict(request.headers))

@@ -84,7 +84,9 @@ def test_nothing_is_inline_and_nothing_is_from_elsewhere() -> None:
         assert not [name for name in have if name.startswith("on") or name == "style"]
         assert tag != "style" and (tag != "script" or have.get("src"))
     for name, text in SCRIPTS.items():
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function|srcdoc", text), name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function|srcdoc", text
+        ), name
     for path in FILES:
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"""["'(]\s*(https?:)?//\w""", text), path.name
@@ -101,7 +103,9 @@ def test_both_languages_have_the_same_words_with_the_same_values() -> None:
 
 def test_every_word_that_is_used_is_there_and_every_one_there_is_used() -> None:
     known = set(table("en.js"))
-    in_page = {str(v) for _, have in Tags(INDEX).found for k, v in have.items() if k.startswith("data-") and k != "data-vote"}
+    in_page = {
+        str(v) for _, have in Tags(INDEX).found for k, v in have.items() if k.startswith("data-") and k != "data-vote"
+    }
     code = "".join(text for name, text in SCRIPTS.items() if name not in ("en.js", "zh.js"))
     called = set(re.findall(r'\bword\("(\w+)"', code))
     assert called | in_page <= known

@@ -1,10 +1,11 @@
-"""The page's modules by themselves, in a browser: streams cut anywhere, text that tries to be HTML, digests, shrinking."""
+"""The page's modules by themselves, in a browser: streams cut anywhere, hostile text, digests, pictures too large."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +84,14 @@ RENDER = """async (text) => {
         ("# T\n## S #", "<h3>T</h3><h4>S</h4>"),
         ("1. a\n2. b\n   - c\n   - d\n3. e", "<ol><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ol>"),
         ("4. a\n\n5. b\n\nend", '<ol start="4"><li>a</li><li>b</li></ol><p>end</p>'),
-        ("Items:\n- a\n* b\n\n> q\n> r", "<p>Items:</p><ul><li>a</li><li>b</li></ul><blockquote><p>q<br>r</p></blockquote>"),
-        ("```py\nif a < b:\n  x\n\n```\nz", '<pre tabindex="0"><code data-language="py">if a &lt; b:\n  x\n</code></pre><p>z</p>'),
+        (
+            "Items:\n- a\n* b\n\n> q\n> r",
+            "<p>Items:</p><ul><li>a</li><li>b</li></ul><blockquote><p>q<br>r</p></blockquote>",
+        ),
+        (
+            "```py\nif a < b:\n  x\n\n```\nz",
+            '<pre tabindex="0"><code data-language="py">if a &lt; b:\n  x\n</code></pre><p>z</p>',
+        ),
         ("````\n```\n````", '<pre tabindex="0"><code>```</code></pre>'),
         ("~~~\nopen", '<pre tabindex="0"><code>open</code></pre>'),
         ("---", "<hr>"),
@@ -120,7 +127,9 @@ ATTACKS = [
     "<style>@import 'http://evil.example'</style><form action=//evil.example><input autofocus onfocus=window.hit=1>",
     "\u202e<a href='http://evil.example'>x</a>\x00&lt;script&gt;",
 ]
-MAY = "P BR STRONG EM CODE S H3 H4 OL UL LI BLOCKQUOTE PRE HR DIV TABLE THEAD TBODY TR TH TD A SPAN".split()
+MAY = set(
+    re.findall(r"\w+", "P BR STRONG EM CODE S H3 H4 OL UL LI BLOCKQUOTE PRE HR DIV TABLE THEAD TBODY TR TH TD A SPAN")
+)
 
 
 def test_an_answer_is_never_read_as_html(page: Any) -> None:
@@ -148,14 +157,32 @@ def test_an_answer_is_never_read_as_html(page: Any) -> None:
     )
     assert found["hit"] is None
     for attack, one in zip(ATTACKS, found["out"], strict=True):
-        assert set(one["names"]) <= set(MAY), attack
-        assert set(one["attributes"]) <= {"href", "target", "rel", "title", "class", "tabindex", "data-language", "start"}
+        assert set(one["names"]) <= MAY, attack
+        assert set(one["attributes"]) <= {
+            "href",
+            "target",
+            "rel",
+            "title",
+            "class",
+            "tabindex",
+            "data-language",
+            "start",
+        }
         assert set(one["links"]) <= {"https:"}
     assert "window.hit = 1" in found["out"][0]["text"]  # it is shown, as the text that it is
 
 
 def test_a_hostile_answer_is_set_in_no_time(page: Any) -> None:
-    texts = ["*" * 20000, "`" * 20000 + "a", "_a" * 10000, "[" * 20000, "> " * 5000, "- " * 5000, "|" * 20000 + "\n|-|", "a**" * 9000]
+    texts = [
+        "*" * 20000,
+        "`" * 20000 + "a",
+        "_a" * 10000,
+        "[" * 20000,
+        "> " * 5000,
+        "- " * 5000,
+        "|" * 20000 + "\n|-|",
+        "a**" * 9000,
+    ]
     took = page.evaluate(
         """async (texts) => {
           const {rendered} = await import("./page/rendered.js");

@@ -4,9 +4,13 @@ import { word } from "./words.js";
 
 const KEPT = "vistune.model";
 const list = document.getElementById("model");
+let contexts = {};
 
 /** The chosen name; "" while there is none. */
 export const model = () => list.value;
+
+/** Tokens that its prompt and answer may have together, as far as is known. */
+export const context = () => contexts[list.value] || Infinity;
 
 function wanted() {
   const asked = new URLSearchParams(location.search).get("model");
@@ -20,7 +24,9 @@ function wanted() {
 
 /** The server's names, as they are now. A chosen one stays chosen; when it has gone, a notice is given back. */
 export async function reload() {
-  const names = await server.models();
+  const found = await server.models();
+  const names = found.map((one) => one.id);
+  contexts = Object.fromEntries(found.map((one) => [one.id, one.context]));
   const before = list.value || wanted();
   const same = names.length === list.options.length && names.every((name, place) => list.options[place].value === name);
   list.disabled = !names.length;

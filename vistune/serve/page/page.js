@@ -266,6 +266,7 @@ async function refresh() {
   try {
     if (!known) await learn();
     const told = await models.reload();
+    allow();
     if (told) notice(told);
     find("away").hidden = true;
   } catch (error) {
@@ -277,9 +278,13 @@ async function refresh() {
   }
 }
 
+/** Half of a model's context is for the question: an answer that may fill it all would be refused. */
+function allow() {
+  parameters.allow(Math.min(known.limits.new_tokens, Math.floor(models.context() / 2)));
+}
+
 async function learn() {
   known = await server.settings();
-  parameters.allow(known.limits.new_tokens);
   about();
   draw();
 }
@@ -313,6 +318,7 @@ function bindHead() {
   find("new").addEventListener("click", fresh);
   find("stop").addEventListener("click", () => { running?.abort(); find("text").focus(); });
   find("cancel-edit").addEventListener("click", () => { stopEditing(); find("text").focus(); });
+  find("model").addEventListener("change", allow);
   find("language").addEventListener("click", () => { turnLanguage(); redraw(); });
   find("theme").addEventListener("click", () => {
     const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";

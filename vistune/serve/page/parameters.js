@@ -6,7 +6,7 @@ const find = (id) => document.getElementById(id);
 let now = { ...BEGIN };
 let most = Infinity;
 
-/** The most tokens that the server gives. */
+/** The most tokens that an answer may have. What was chosen stays chosen for a model that allows it. */
 export function allow(newTokens) {
   most = newTokens;
   find("max_tokens-number").max = most;
@@ -48,10 +48,10 @@ function set(name, value) {
 }
 
 function show() {
-  now.max_tokens = Math.min(now.max_tokens, most);
   for (const name of SLIDERS) {
-    find(name).value = now[name];
-    find(`${name}-number`).value = now[name];
+    const value = name === "max_tokens" ? Math.min(now[name], most) : now[name];
+    find(name).value = value;
+    find(`${name}-number`).value = value;
   }
   const seed = find("seed");
   if (document.activeElement !== seed) seed.value = now.seed ?? "";
@@ -69,5 +69,5 @@ function keep() {
 
 /** As they are now: {temperature, top_p, max_tokens, seed, system}; null is for the server to choose. */
 export function parameters() {
-  return { ...now, max_tokens: now.max_tokens || null };
+  return { ...now, max_tokens: Math.min(now.max_tokens, most) || null };
 }

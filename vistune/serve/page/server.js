@@ -72,9 +72,9 @@ async function refused(answer) {
 export const settings = async () => (await call("page/settings")).json();
 export const vote = async (body) => (await call("votes", { body })).json();
 
-/** Names of the models, in the server's order. */
+/** The models in the server's order: [{id, context}], the tokens that prompt and answer may have where that is told. */
 export async function models() {
-  return (await (await call("v1/models")).json()).data.map((one) => one.id);
+  return (await (await call("v1/models")).json()).data;
 }
 
 /** Whether the server answers at all. */
