@@ -14,7 +14,7 @@ from vistune.models.load import Loaded
 from vistune.serve import server
 from vistune.serve.engine import Hear
 from vistune.serve.limits import Limits
-from vistune.serve.shelf import Model, Shelf
+from vistune.serve.shelf import Served, Shelf
 from vistune.serve.work import Ended, Piece, State, Work
 
 SETTINGS = Settings(max_new_tokens=8)
@@ -85,6 +85,23 @@ def waits(*texts: str) -> Callable[[Told], None]:
     return script
 
 
+class Alone(Shelf):
+    """A shelf of one model."""
+
+    def __init__(self, engine: Scripted):
+        self.one = Served(name=engine.name, engine=engine, created=5)  # type: ignore[arg-type]
+
+    @property
+    def engines(self) -> list[Any]:
+        return [self.one.engine]
+
+    def served(self) -> list[Served]:
+        return [self.one]
+
+    def look(self) -> None:
+        """Nothing comes and goes."""
+
+
 @dataclass
 class Stage:
     """`url` of a server (no slash at its end) with one model, "m", that `engine` answers for."""
@@ -96,8 +113,7 @@ class Stage:
 
 def application(engine: Scripted, **limits: Any) -> Any:
     allowed = Limits(**limits)
-    shelf = Shelf([Model(name=engine.name, folder="", engine=engine, adapters=None)], allowed)  # type: ignore[arg-type]
-    return server.application(shelf, allowed, server.Options(log=False))
+    return server.application(Alone(engine), allowed, server.Options(log=False))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from vistune.serve.limits import Limits
 from vistune.serve.media import Media
 from vistune.serve.preparing import Order, prepare, prepare_prompt
 from vistune.serve.refused import Refused
+from vistune.serve.turns import conversation
 
 LIMITS = Limits()
 SHOWN = [picture(0), picture(1, (56, 56)), picture(2, (30, 90))]
@@ -49,7 +50,7 @@ def taken(*pictures):
 
 
 def turns(*messages):
-    return wire.conversation(wire.read(json.dumps({"messages": messages}).encode()), LIMITS)
+    return conversation(wire.read(json.dumps({"messages": messages}).encode()), LIMITS)
 
 
 @each_family

@@ -15,6 +15,7 @@ from vistune.samples import IMAGE_MARK
 from vistune.serve import wire
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
+from vistune.serve.turns import conversation, links
 
 HI = [{"role": "user", "content": "Hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -33,7 +34,7 @@ def user(*parts):
 
 
 def talk(*messages, **limits):
-    return wire.conversation(read(messages=list(messages)), Limits(**limits))
+    return conversation(read(messages=list(messages)), Limits(**limits))
 
 
 def refused(*messages, **limits):
@@ -270,7 +271,7 @@ def test_pictures_in_any_form():
         {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
     )
     asked = read(messages=[user(text("a"), bare), {"role": "assistant", "content": "b"}, user(whole)])
-    assert wire.links(asked) == [
+    assert links(asked) == [
         ("messages[0].content[1].image_url", url),
         ("messages[2].content[0].image_url.url", url),
     ]
@@ -302,6 +303,6 @@ json_values = st.recursive(
 @given(st.dictionaries(st.sampled_from(sorted(wire.Asked.model_fields)), json_values))
 def test_any_json_is_read_or_refused_without_its_contents(fields):
     try:
-        wire.conversation(read(**fields), Limits())
+        conversation(read(**fields), Limits())
     except Refused as error:
         assert error.status == 400 and SECRET not in json.dumps(error.body()) and len(error.message) < 400

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from vistune import samples
 from vistune.decoding import Settings
-from vistune.serve import wire
+from vistune.serve import turns, wire
 from vistune.serve.completions import Answer, Desk, Gone, respond, unless_gone
 from vistune.serve.faults import handle_errors
 from vistune.serve.limits import Limits
@@ -102,7 +102,7 @@ class _Asking:
         asked = await wire.parse(body.pop())
         served = await find(self.shelf, asked.model)
         noted["model"] = served.name
-        turns, links = wire.conversation(asked, self.limits), wire.links(asked)
+        talk, links = turns.conversation(asked, self.limits), turns.links(asked)
         order = self._order(asked, served, came, tuple(param for param, _ in links))
         wanted = _Wanted(served, bool(asked.stream), Wording(served.name, str(served.created), asked.usage))
         del asked
@@ -111,7 +111,7 @@ class _Asking:
                 async with asyncio.timeout(self.limits.deadline):
                     taken = await self.media.gather(links) if links else []
                     links.clear()
-                    make = functools.partial(_prepared, served, turns, taken, order)
+                    make = functools.partial(_prepared, served, talk, taken, order)
                     return wanted, await self.desk.do(make)
             except TimeoutError:
                 raise Refused(503, "making the request ready took too long", code="deadline") from None
@@ -149,9 +149,9 @@ class _Wanted:
 
 
 def _prepared(
-    served: Served, turns: Sequence[samples.Message], taken: list[Taken], order: Order, told: threading.Event
+    served: Served, talk: Sequence[samples.Message], taken: list[Taken], order: Order, told: threading.Event
 ) -> Work:
-    return prepare(served.engine.loaded, turns, taken, replace(order, told=told))
+    return prepare(served.engine.loaded, talk, taken, replace(order, told=told))
 
 
 def _check_type(request: Request) -> None:

@@ -22,15 +22,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from vistune.samples import IMAGE_MARK, Message
-from vistune.serve.limits import Limits
+from vistune.serve import bodies
 from vistune.serve.refused import Refused
 
 THREAD_BYTES = 16_000
 """Larger bodies are parsed in a thread: a picture of 20 MB takes tens of milliseconds, and others must not wait."""
-QUOTES, VALUES = 100_000, 10_000
-"""Of these a body has no more. Pictures and books are few long strings; millions of short ones take a parser a minute,
-and it lets no other thread work meanwhile."""
 GREEDY = 1e-5
 """Temperatures below this are 0: dividing logits by less overflows in fp32."""
 
@@ -252,47 +248,18 @@ async def parse(body: bytes) -> Asked:
 
 def read(body: bytes) -> Asked:
     """See `parse`."""
-    check_count(body)
+    bodies.check_count(body)
     try:
         asked = Asked.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
     both = (asked.max_tokens, asked.max_completion_tokens)
     if None not in both and both[0] != both[1]:
-        raise _wrong("max_tokens and max_completion_tokens differ; give one", "max_tokens", "invalid_value")
+        raise wrong("max_tokens and max_completion_tokens differ; give one", "max_tokens", "invalid_value")
     if asked.stream_options is not None and not asked.stream:
         why = "stream_options is for streams; leave it out, or ask with stream true"
-        raise _wrong(why, "stream_options", "invalid_value")
+        raise wrong(why, "stream_options", "invalid_value")
     return asked
-
-
-def check_count(body: bytes) -> None:
-    """Look for the commas and brackets of a JSON text, between its strings. Refused: 400, when they are too many."""
-    values, inside = 0, False
-    if body.count(b'"') <= QUOTES:
-        for piece in body.split(b'"'):
-            if not inside:
-                values = _counted(piece, values)
-            if not (inside and piece.endswith(b"\\") and _odd(piece)):  # else the quote belongs to the string
-                inside = not inside
-            if values > VALUES:
-                break
-        else:
-            return
-    raise Refused(400, f"more than {VALUES:,} values, or {QUOTES:,} quotes, in one request", code="too_many_values")
-
-
-def _counted(piece: bytes, values: int) -> int:
-    """How many there are with those of `piece`, which is not looked through to its end when they are too many."""
-    for start in range(0, len(piece), 1 << 16):
-        values += sum(piece.count(sign, start, start + (1 << 16)) for sign in (b",", b"[", b"{"))
-        if values > VALUES:
-            break
-    return values
-
-
-def _odd(piece: bytes) -> bool:
-    return (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
 
 
 _CODES = {
@@ -335,68 +302,6 @@ def path(steps: Sequence[str | int]) -> str:
     return found[:200]
 
 
-def links(asked: Asked) -> list[tuple[str, str]]:
-    """The pictures of a request in their order: the parameter that names each, and its URL."""
-    found = []
-    for at, turn in enumerate(asked.messages):
-        for number, part in enumerate(turn.content if isinstance(turn.content, list) else ()):
-            if isinstance(part, ImagePart):
-                name, url = part.link
-                found.append((f"messages[{at}].content[{number}].{name}", url))
-    return found
-
-
-def conversation(asked: Asked, limits: Limits) -> list[Message]:
-    """The turns with a mark where each picture stands: what a model can be asked. Refused: 400, for an order that no
-    template has, too many turns or pictures, and text that would be taken for a picture."""
-    turns = asked.messages
-    if len(turns) > limits.messages:
-        raise _wrong(f"{len(turns)} messages; {limits.messages} are taken", "messages", "too_many_messages")
-    pictures = len(links(asked))
-    if pictures > limits.pictures:
-        raise _wrong(f"{pictures} pictures; {limits.pictures} are taken", "messages", "too_many_pictures")
-    first = next((at for at, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
-    _check_order(turns, first)
-    texts = [_text(turn, f"messages[{at}].content", bool(pictures)) for at, turn in enumerate(turns)]
-    told = "\n\n".join(text for text in texts[:first] if text)
-    system = [Message(role="system", text=told)] if first else []
-    rest = zip(turns[first:], texts[first:], strict=True)
-    return system + [Message(role="user" if turn.role == "user" else "assistant", text=text) for turn, text in rest]
-
-
-def _check_order(turns: Sequence[Turn], first: int) -> None:
-    for at in range(first, len(turns)):
-        wanted = ("user", "assistant")[(at - first) % 2]
-        if turns[at].role != wanted:
-            why = f"{turns[at].role} where {wanted} must stand: system messages first, then user and assistant in turn"
-            raise _wrong(why, f"messages[{at}].role", "message_order")
-    if turns[-1].role != "user":
-        raise _wrong("the last message must be the user's", f"messages[{len(turns) - 1}].role", "message_order")
-
-
-def _text(turn: Turn, param: str, shows: bool) -> str:
-    """A turn's text, a mark for each picture; parts that no space parts stand on lines of their own."""
-    text, pictures = "", 0
-    for number, part in enumerate([turn.content] if isinstance(turn.content, str) else turn.content):
-        place = param if isinstance(part, str) else f"{param}[{number}]"
-        if isinstance(part, ImagePart):
-            if turn.role != "user":
-                raise _wrong("only the user's messages may have pictures", place, "unsupported_value")
-            more, pictures = IMAGE_MARK, pictures + 1
-        else:
-            more = part if isinstance(part, str) else part.text
-            _check_plain(more, place, shows)
-        text += ("\n" if text and more and not (text[-1].isspace() or more[0].isspace()) else "") + more
-    if shows and text.count(IMAGE_MARK) != pictures:
-        _check_plain(IMAGE_MARK, param, shows)
-    return text
-
-
-def _check_plain(text: str, place: str, shows: bool) -> None:
-    if shows and IMAGE_MARK in text:
-        why = f"the text has {IMAGE_MARK}, which would be taken for a picture's place; write it otherwise"
-        raise _wrong(why, place, "picture_mark")
-
-
-def _wrong(message: str, param: str, code: str) -> Refused:
+def wrong(message: str, param: str, code: str) -> Refused:
+    """A field that is not as it should be."""
     return Refused(400, message, param=param, code=code)
