@@ -111,12 +111,13 @@ class PictureHost:
             writer.write(b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n")
         elif path == "/endless":
             writer.write(ok + b"\r\n")
-            while True:
+            while not writer.is_closing():
                 writer.write(bytes(1 << 16))
                 await writer.drain()
+                await asyncio.sleep(0)  # a drain that need not wait would never hear that the other side has gone
         elif path == "/drip":
             writer.write(ok + b"Content-Length: 99999\r\n\r\n")
-            for _ in range(600):
+            while not writer.is_closing():
                 writer.write(b"x")
                 await writer.drain()
                 await asyncio.sleep(0.1)
