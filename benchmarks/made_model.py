@@ -48,6 +48,7 @@ CHAT = (
     "{% for c in m['content'] %}{{ '<image> \\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
     "{% else %}{{ ' ASSISTANT: ' }}"
     "{% generation %}{{ m['content'][0]['text'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 TEMPLATES = {1: PLAIN, 2: CHAT}
 TEMPLATE_NAMES = {1: "plain", 2: "v1"}
