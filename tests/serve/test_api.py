@@ -162,7 +162,7 @@ def test_silence_is_filled_and_has_an_end(loaded, monkeypatch):
     with staged(loaded, waits(), deadline=0.5) as stage:
         text = post(stage, stream=True).text
         assert ": waiting\n\n" in text and json.loads(events(text)[-1])["error"]["code"] == "deadline"
-        assert error_of(post(stage), 503)["code"] == "deadline"
+        assert error_of(post(stage), 504)["code"] == "deadline"
         assert all(ticket.gone.wait(5) for ticket in stage.engine.tickets)
 
 

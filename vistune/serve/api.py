@@ -108,13 +108,13 @@ class _Asking:
         del asked
         with self.desk.place(served):
             try:
-                async with asyncio.timeout(self.limits.deadline):
+                async with asyncio.timeout(order.until - time.monotonic()):
                     taken = await self.media.gather(links) if links else []
                     links.clear()
                     make = functools.partial(_prepared, served, talk, taken, order)
                     return wanted, await self.desk.do(make)
             except TimeoutError:
-                raise Refused(503, "making the request ready took too long", code="deadline") from None
+                raise Refused(504, "making the request ready took too long", code="deadline") from None
 
     def _order(self, asked: wire.Asked, served: Served, came: float, params: tuple[str, ...]) -> Order:
         most, tokens = self.limits.new_tokens, asked.tokens

@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,40 @@ class Gone(Exception):
     """The asker has closed the connection."""
 
 
+class _Post:
+    """What engines say, on its way to a loop: all that is said in a step of theirs wakes it once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[tuple[Answer, float, Piece | Ended]] = deque()
+        self._called = False
+
+    def put(self, one: Answer, when: float, said: Piece | Ended) -> None:
+        """From any thread. RuntimeError when the loop is closed."""
+        self._waiting.append((one, when, said))
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("the loop is closed")
+        if not self._called:
+            self._called = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # first, so that what comes from now on calls again
+        while self._waiting:
+            one, when, said = self._waiting.popleft()
+            one.take(when, said)
+
+
+_posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = weakref.WeakKeyDictionary()
+
+
+def _post(loop: asyncio.AbstractEventLoop) -> _Post:
+    if loop not in _posts:
+        _posts[loop] = _Post(loop)
+    return _posts[loop]
+
+
 class Answer:
     """A request that an engine has taken. Made on the event loop; `close` it, or use it in `with`: whoever does not
     hear it to its end leaves. Refused: as by `Engine.submit`."""
@@ -53,6 +88,7 @@ class Answer:
         self.tokens = 0
         self._ended = False
         self._loop = asyncio.get_running_loop()
+        self._post = _post(self._loop)
         self._heard: deque[tuple[float, Piece | Ended]] = deque()
         self._there = asyncio.Event()
         self._ticket = served.engine.submit(work, self._hear)
@@ -62,17 +98,18 @@ class Answer:
     def _at(self, when: float) -> asyncio.TimerHandle | None:
         if math.isinf(when):
             return None
-        late = Ended(reason="error", error=Refused(503, "the answer took too long", code="deadline"))
-        return self._loop.call_later(max(when - time.monotonic(), 0), self._take, when, late)
+        late = Ended(reason="error", error=Refused(504, "the answer was not ready in time", code="deadline"))
+        return self._loop.call_later(max(when - time.monotonic(), 0), self.take, when, late)
 
     def _hear(self, said: Piece | Ended) -> None:
         """In the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._take, time.monotonic(), said)
+            self._post.put(self, time.monotonic(), said)
         except RuntimeError:  # the loop is closed, so nobody is there to hear it
             self._ticket.leave()
 
-    def _take(self, when: float, said: Piece | Ended) -> None:
+    def take(self, when: float, said: Piece | Ended) -> None:
+        """On the loop: this was said, then."""
         self._heard.append((when, said))
         self._there.set()
 

@@ -47,8 +47,8 @@ class Order:
 
 def prepare(loaded: Loaded, messages: Sequence[Message], taken: Sequence[Taken], order: Order) -> Work:
     """The work of a conversation whose last turn is a question, with a mark for each picture. How long it is, is known
-    before a picture is decoded. Refused: 400, and 408 after `order.until`."""
-    _check_text([message.text for message in messages], loaded, order.context, pictures=bool(taken))
+    before a picture is decoded. Refused: 400, and 504 after `order.until`."""
+    _check_text([message.text for message in messages], loaded, order, pictures=bool(taken))
     try:
         with _encoding:
             ids = asked(loaded, messages, len(taken))
@@ -63,7 +63,7 @@ def prepare_prompt(loaded: Loaded, prompt: str, taken: Sequence[Taken], order: O
     marks = prompt.count(IMAGE_MARK)
     if marks != len(taken):
         raise Refused(400, f"{len(taken)} pictures for {marks} {IMAGE_MARK} in the prompt", param="images")
-    _check_text(prompt.split(IMAGE_MARK), loaded, order.context, pictures=bool(taken))
+    _check_text(prompt.split(IMAGE_MARK), loaded, order, pictures=bool(taken))
     if loaded.start_end:
         prompt = prompt.replace(IMAGE_MARK, IMAGE_START + IMAGE_MARK + IMAGE_END)
     with _encoding:
@@ -101,11 +101,8 @@ def _tokens(loaded: Loaded, one: Taken, name: str) -> int:
 
 
 def _seen(loaded: Loaded, one: Taken, name: str, order: Order) -> Shown:
-    if order.told is not None and order.told.is_set():
-        raise Refused(499, "the asker has gone", code="left")
+    _check_wanted(order)
     began = time.perf_counter()
-    if time.monotonic() > order.until:
-        raise Refused(408, "there was no time left to make the pictures ready", code="deadline")
     try:
         found = shown(loaded, one.image)
     except ValueError as error:
@@ -113,6 +110,13 @@ def _seen(loaded: Loaded, one: Taken, name: str, order: Order) -> Shown:
     if order.timed is not None:
         order.timed(time.perf_counter() - began)
     return found
+
+
+def _check_wanted(order: Order) -> None:
+    if order.told is not None and order.told.is_set():
+        raise Refused(499, "the asker has gone", code="left")
+    if time.monotonic() > order.until:
+        raise Refused(504, "there was no time left to make the request ready", code="deadline")
 
 
 def _unusable(error: ValueError, name: str) -> Refused:
@@ -136,16 +140,18 @@ def _room(length: int, wanted: int, order: Order) -> int:
     return wanted
 
 
-def _check_text(texts: Sequence[str], loaded: Loaded, context: int, *, pictures: bool) -> None:
+def _check_text(texts: Sequence[str], loaded: Loaded, order: Order, *, pictures: bool) -> None:
     """Refuse what would be taken for a picture, and, before the whole of it is tokenized, what is far too long."""
     tokens = {loaded.family.image_token, getattr(loaded.tokenizer, "image_token", None) or IMAGE_MARK} - {IMAGE_MARK}
     if pictures and (found := next((token for token in tokens for text in texts if token in text), None)):
         why = f"the text has {found}, which stands for a piece of a picture; write it otherwise"
         raise Refused(400, why, param="messages", code="picture_mark")
+    context = order.context
     if context and sum(map(len, texts)) > context:
         backend, count = loaded.tokenizer.backend_tokenizer, 0
         for text in texts:
             for start in range(0, len(text), _SLICE):
+                _check_wanted(order)
                 piece = backend.encode(text[start : start + _SLICE], add_special_tokens=False)
                 count += max(len(piece) - _SEAM, 0)
                 if count > context:

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from vistune import __version__
@@ -39,10 +40,13 @@ class Wording:
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return "fp_" + hashlib.sha256(f"{__version__} {self.model} {self.version}".encode()).hexdigest()[:10]
+
     def _around(self, kind: str) -> dict[str, Any]:
-        seen = hashlib.sha256(f"{__version__} {self.model} {self.version}".encode()).hexdigest()[:10]
         said = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return said | {"system_fingerprint": f"fp_{seen}"}
+        return said | {"system_fingerprint": self._fingerprint}
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         more = {"usage": usage} if self.usage else {}
