@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import shutil
@@ -104,13 +105,14 @@ def dropped(page: Any, *files: tuple[str, str, bytes], event: str = "drop") -> N
     page.evaluate(
         """([files, event]) => {
           const carried = new DataTransfer();
-          for (const [name, type, bytes] of files) carried.items.add(new File([new Uint8Array(bytes)], name, {type}));
+          for (const [name, type, text] of files)
+            carried.items.add(new File([Uint8Array.from(atob(text), (one) => one.charCodeAt(0))], name, {type}));
           const init = {bubbles: true, cancelable: true};
           if (event === "paste") document.dispatchEvent(new ClipboardEvent("paste", {...init, clipboardData: carried}));
           else for (const one of ["dragenter", "dragover", event])
             document.body.dispatchEvent(new DragEvent(one, {...init, dataTransfer: carried}));
         }""",
-        [[[name, kind, list(data)] for name, kind, data in files], event],
+        [[[name, kind, base64.b64encode(data).decode()] for name, kind, data in files], event],
     )
 
 

@@ -83,7 +83,7 @@ def test_a_picture_is_dropped_a_question_asked_an_answer_grows_and_is_voted_on(
         }
         assert page.evaluate("document.activeElement.id") == "text"
         assert page.inner_text("#said") == "Answer: Four sevens."
-        assert "2 tokens" in page.inner_text(".count") and "12 read" in page.inner_text(".count")
+        assert "2 tokens" in page.inner_text(".count") and "12 in the prompt" in page.inner_text(".count")
         page.click("[data-vote=downvote]")
         page.wait_for_selector("[data-vote=downvote][aria-pressed=true]")
         seen(page, "vote written", ".count")

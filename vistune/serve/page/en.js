@@ -62,7 +62,7 @@ export default {
   "waiting": "Waiting for the answer",
   "tokens_one": "1 token",
   "tokens": "{n} tokens",
-  "prompt_tokens": "{n} read",
+  "prompt_tokens": "{n} in the prompt",
   "seconds": "{n} s",
   "first_after": "first after {n} s",
   "stopped": "stopped",

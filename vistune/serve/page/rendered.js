@@ -159,12 +159,21 @@ function piece({ code, bold, italic, under, struck, label, to }) {
 }
 
 function link(label, to) {
-  if (!URL.canParse(to)) return document.createTextNode(`[${label}](${to})`);
+  const host = hostOf(to);
+  if (!host) return document.createTextNode(`[${label}](${to})`);
   const node = make("a", label);
   node.href = to;
   node.target = "_blank";
   node.rel = "noopener noreferrer nofollow";
   node.title = to;
   if (label === to) return node;
-  return make("span", node, ` (${new URL(to).host})`);
+  return make("span", node, ` (${host})`);
+}
+
+function hostOf(to) {
+  try {
+    return new URL(to).host;
+  } catch {
+    return "";
+  }
 }

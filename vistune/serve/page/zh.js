@@ -62,7 +62,7 @@ export default {
   "waiting": "正在等待回答",
   "tokens_one": "1 个 token",
   "tokens": "{n} 个 token",
-  "prompt_tokens": "读入 {n} 个",
+  "prompt_tokens": "提示 {n} 个",
   "seconds": "{n} 秒",
   "first_after": "{n} 秒后开始",
   "stopped": "已停止",
