@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vistune.decoding import Settings
 from vistune.samples import IMAGE_MARK
+from vistune.serve.bodies import check_count
 from vistune.serve.refused import Refused
 
 MOST_NEW = 1024
@@ -71,6 +72,7 @@ class Asked(BaseModel):
 
 def read(body: bytes) -> Asked:
     """Takes a while for pictures: call it in a thread. Refused: 400."""
+    check_count(body)
     try:
         return Asked.model_validate_json(body)
     except ValidationError as error:
