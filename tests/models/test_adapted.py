@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,14 +47,24 @@ def trained(folder, start, seed=0, **config):
     return folder
 
 
+class Made:
+    """An adapter of every kind, and for each the merged model; made when they are asked for."""
+
+    def __init__(self, start, folder):
+        self.start, self.folder = start, folder
+
+    @functools.cache  # noqa: B019 - it lives as long as the module's tests
+    def __truediv__(self, name):
+        return trained(self.folder / name, self.start, list(KINDS).index(name), **KINDS[name])
+
+    @functools.cache  # noqa: B019
+    def merged(self, name):
+        return logits(load(merge_run(self / name, self.folder / "merged" / name, base=self.start)).model)
+
+
 @pytest.fixture(scope="module")
 def made(start, tmp_path_factory):
-    """An adapter of every kind, and for each the merged model."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for i, (name, config) in enumerate(KINDS.items()):
-        trained(folder / name, start, i, **config)
-    merged = {name: load(merge_run(folder / name, folder / "merged" / name, base=start)).model for name in KINDS}
-    return SimpleNamespace(folder=folder, merged=merged)
+    return Made(start, tmp_path_factory.mktemp("adapters"))
 
 
 @torch.no_grad()
@@ -65,24 +75,25 @@ def logits(model, pictures=True):
     if not pictures:
         return model(input_ids=ids).logits
     ids[:, 4:20] = model.config.image_token_id
-    return model(input_ids=ids, pixel_values=torch.randn(2, 3, 56, 56)).logits
+    return model(input_ids=ids, pixel_values=torch.randn(2, 3, 56, 56).to(model.dtype)).logits
 
 
 def near(one, other):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_each_adapter_is_the_merged_model_and_none_is_the_model_itself(start, made):
+@pytest.mark.parametrize("kinds", [("dora", "connector"), pytest.param(tuple(KINDS), marks=pytest.mark.slow)])
+def test_each_adapter_is_the_merged_model_and_none_is_the_model_itself(start, made, kinds):
     loaded = load(start)
     own = logits(loaded.model)
     shelf = adapted.Adapters(loaded)
-    for name in KINDS:
-        shelf.add(name, made.folder / name)
-    assert shelf.names == tuple(KINDS) and torch.equal(logits(loaded.model), own)
-    for name in [*KINDS, *reversed(KINDS), "plain", "plain"]:
+    for name in kinds:
+        shelf.add(name, made / name)
+    assert shelf.names == kinds and torch.equal(logits(loaded.model), own)
+    for name in [*kinds, *reversed(kinds)]:
         shelf.wear(name)
         assert shelf.worn == name
-        near(logits(loaded.model), logits(made.merged[name]))
+        near(logits(loaded.model), made.merged(name))
         assert not torch.allclose(logits(loaded.model), own, atol=1e-3)
     shelf.wear("")
     assert torch.equal(logits(loaded.model), own)
@@ -92,8 +103,8 @@ def test_taken_off_the_model_has_its_own_modules_and_tensors_again(start, made):
     loaded = load(start)
     before = {name: id(one) for name, one in [*loaded.model.named_modules(), *loaded.model.named_parameters()]}
     shelf = adapted.Adapters(loaded)
-    for name in ("dora", "connector", "vision"):
-        shelf.add(name, made.folder / name)
+    for name in ("dora", "connector"):
+        shelf.add(name, made / name)
         shelf.wear(name)
         shelf.wear("")
         assert {
@@ -104,48 +115,50 @@ def test_taken_off_the_model_has_its_own_modules_and_tensors_again(start, made):
 def test_pictures_are_shared_where_nothing_that_sees_has_learned(start, made):
     shelf = adapted.Adapters(load(start))
     for name in ("plain", "connector", "vision"):
-        shelf.add(name, made.folder / name)
+        shelf.add(name, made / name)
     assert [shelf.sees(name) for name in ("", "plain", "connector", "vision")] == ["", "", "connector", "vision"]
 
 
 def test_bytes_are_those_of_what_stands_beside(start, made):
     shelf = adapted.Adapters(load(start))
-    held = load_file(made.folder / "plain" / "adapter_model.safetensors")
-    assert shelf.add("plain", made.folder / "plain").nbytes == sum(one.nbytes for one in held.values()) == shelf.nbytes
-    assert shelf.add("connector", made.folder / "connector").nbytes > shelf.nbytes / 2
+    held = load_file(made / "plain" / "adapter_model.safetensors")
+    assert shelf.add("plain", made / "plain").nbytes == sum(one.nbytes for one in held.values()) == shelf.nbytes
+    assert shelf.add("connector", made / "connector").nbytes > shelf.nbytes / 2
 
 
 def test_one_that_is_removed(start, made):
     loaded = load(start)
     own = logits(loaded.model)
     shelf = adapted.Adapters(loaded)
-    shelf.add("plain", made.folder / "plain")
+    shelf.add("plain", made / "plain")
     shelf.wear("plain")
     shelf.remove("plain")
-    near(logits(loaded.model), logits(made.merged["plain"]))
+    near(logits(loaded.model), made.merged("plain"))
     shelf.wear("")
     assert shelf.names == () and torch.equal(logits(loaded.model), own)
     with pytest.raises(KeyError):
         shelf.wear("plain")
     assert torch.equal(logits(loaded.model), own)
-    shelf.add("plain", made.folder / "dora")
+    shelf.add("plain", made / "dora")
     shelf.wear("plain")
-    near(logits(loaded.model), logits(made.merged["dora"]))
+    near(logits(loaded.model), made.merged("dora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(start, made, dtype):
     """The adapter's product is rounded apart, so it is only near; and what comes out has the model's type."""
     loaded = load(start, dtype=dtype)
     shelf = adapted.Adapters(loaded)
     for name in ("plain", "dora"):
-        shelf.add(name, made.folder / name)
+        shelf.add(name, made / name)
         shelf.wear(name)
-        ours, right = logits(loaded.model, False), logits(made.merged[name], False)
+        ours, right = logits(loaded.model), made.merged(name)
         assert ours.dtype == dtype and (ours.float() - right).norm() / right.norm() < 0.02
 
 
-@pytest.mark.parametrize("kind", ["8bit", pytest.param("4bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_on_a_quantised_model_an_adapter_adds_what_peft_adds(start, made, kind):
     """The logits by the product that QLoRA trains with, and every layer by the one that answers: LLM.int8() rounds
     activations, so that there a last bit of one layer is more in the next."""
@@ -153,9 +166,9 @@ def test_on_a_quantised_model_an_adapter_adds_what_peft_adds(start, made, kind):
     ours = load_quantized(start, kind, dtype=torch.float32)
     shelf, own = adapted.Adapters(ours), logits(ours.model)
     for name in ("rslora", "dora", "connector"):
-        shelf.add(name, made.folder / name)
+        shelf.add(name, made / name)
         shelf.wear(name)
-        theirs = of_peft(load_quantized(start, kind, dtype=torch.float32), made.folder / name)
+        theirs = of_peft(load_quantized(start, kind, dtype=torch.float32), made / name)
         layers = [(path, one) for path, one in ours.model.named_modules() if isinstance(one, adapted.Adapted)]
         assert len(layers) == 6
         for path, layer in layers:
@@ -189,7 +202,7 @@ def of_peft(loaded, folder):
 def test_what_learned_whole_where_the_model_is_quantised(start, made, tmp_path):
     pytest.importorskip("bitsandbytes", reason="extra quant")
     name = "model.language_model.layers.0.self_attn.k_proj.weight"
-    folder = with_learned(made.folder / "plain", tmp_path / "whole", {name: torch.zeros(32, 64)})
+    folder = with_learned(made / "plain", tmp_path / "whole", {name: torch.zeros(32, 64)})
     loaded = load_quantized(start, "4bit", dtype=torch.float32)
     with pytest.raises(ValueError, match=rf"1 tensors learned whole, where it is quantised:\n  {name}"):
         adapted.Adapters(loaded).add("one", folder)
@@ -201,6 +214,7 @@ def with_learned(adapter, folder, tensors):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_with_its_connector(start, data, tmp_path):
     recipe = made_recipe(
         *(start, data, tmp_path / "run"),
@@ -285,7 +299,7 @@ def test_a_wrong_adapter_is_refused_by_name_and_nothing_is_attached(start, made,
     }
     for i, (said, change) in enumerate(wrong.items()):
         with pytest.raises(ValueError, match=said):
-            shelf.add("wrong", spoilt(made.folder / "plain", tmp_path / str(i), change))
+            shelf.add("wrong", spoilt(made / "plain", tmp_path / str(i), change))
     with pytest.raises(ValueError, match="no adapter"):
         shelf.add("wrong", start)
     assert shelf.names == () and torch.equal(logits(loaded.model), own)
@@ -299,16 +313,17 @@ def test_other_kinds_and_rows_that_grew(start, made, tmp_path):
         ("use_dora", True, "use_dora is True, but its tensors say otherwise"),
         ("trainable_token_indices", [3], "trainable_token_indices makes another computation"),
     ):
-        shutil.copytree(made.folder / "plain", tmp_path / key)
+        shutil.copytree(made / "plain", tmp_path / key)
         file = tmp_path / key / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
         with pytest.raises(ValueError, match=said):
             shelf.add("one", tmp_path / key)
     grown = {"model.language_model.embed_tokens.weight": torch.zeros(1100, 64)}
     with pytest.raises(ValueError, match=r"other rows than its vocabulary \(merge it into a folder of its own\)"):
-        shelf.add("one", with_learned(made.folder / "plain", tmp_path / "grown", grown))
+        shelf.add("one", with_learned(made / "plain", tmp_path / "grown", grown))
 
 
+@pytest.mark.slow
 def test_biases_and_a_tied_embedding(tmp_path):
     """Of a layer that is adapted too; and the head follows the embedding."""
     start = stage0(tmp_path, "qwen2", "qwen_2")

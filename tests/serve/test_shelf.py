@@ -256,7 +256,7 @@ def test_looks_are_a_second_apart(start, tmp_path, monkeypatch):
     assert len(looks) == 3
 
 
-@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.parametrize("kind", ["8bit", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_a_quantised_model_says_what_it_takes_and_would(start, adapters, kind, capsys):
     pytest.importorskip("bitsandbytes", reason="extra quant")
     shelf = opened(start, quantize=kind, adapters=[f"{adapters}/cats"])
@@ -283,7 +283,7 @@ def greedy(folder, text, picture):
     loaded = load(folder)
     pictures = [picture] if picture else []
     made = prompt(loaded, [Message(role="user", text=marked(text, pictures))], pictures)
-    new = decode(loaded, [made], Settings(max_new_tokens=12))[0]
+    new = decode(loaded, [made], Settings(max_new_tokens=8))[0]
     return spoken(loaded, new.ids), new.margin < 1e-4
 
 
@@ -292,7 +292,7 @@ def asked(url, name, text, picture):
     if picture:
         data = base64.b64encode(Path(picture.path).read_bytes()).decode()
         parts.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-    body = {"model": name, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 12}
+    body = {"model": name, "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 8}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
     assert answer["model"] == name
     return answer["choices"][0]["message"]["content"]
@@ -302,8 +302,8 @@ def test_two_adapters_and_their_model_asked_at_once_answer_as_merged(start, adap
     """Over HTTP, with pictures and without; one of the adapters has a connector of its own."""
     folders = {"stage0": start}
     folders |= {name: merge(adapters / name, tmp_path / name, base=start) for name in ("cats", "dogs")}
-    pictures = [None, *noise_in(tmp_path, [(40, 30), (64, 64)])]
-    questions = [(name, f"what is number {i}?", one) for i, one in enumerate(pictures) for name in folders]
+    pictures = [None, *noise_in(tmp_path, [(40, 30)])]
+    questions = [(name, f"what is {i}?", one) for i, one in enumerate(pictures) for name in folders]
     with serving(start, shelf={"adapters": [f"{adapters}/{name}" for name in ("cats", "dogs")]}) as server:
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert [one["id"] for one in listed] == ["stage0", "cats", "dogs"]
