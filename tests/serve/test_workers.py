@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -22,9 +24,11 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.served import listening, until
+from vistune.serve.limits import Limits
+from vistune.serve.options import Options, guarded
 from vistune.serve.workers.front import Front
 from vistune.serve.workers.merged import merged
-from vistune.serve.workers.worker import Worker, least_busy
+from vistune.serve.workers.worker import Body, Worker, least_busy
 
 
 class Stub:
@@ -249,6 +253,38 @@ def test_a_request_is_passed_on_as_it_came(crew: Team) -> None:
     assert not {"authorization", "origin", "connection"} & set(told)
     assert answer.headers["x-made-by"] == str(answer.json()["worker"])
     assert len(answer.headers.get_list("date")) == len(answer.headers.get_list("server")) == 1
+
+
+def test_the_guard_stands_in_front(crew: Team) -> None:
+    """Keys, hosts and caps are judged before any worker is asked; a prefix is taken away, and each adds its own."""
+    options = Options(keys=("a key of the front's",), root_path="/lab/x", log=False)
+    guard = guarded(crew.front, Limits(body=1000), options)
+    with listening(guard) as url, httpx.Client(base_url=url, timeout=20, verify=False) as client:
+        key = {"Authorization": "Bearer a key of the front's"}
+        assert client.post("/v1", content=b"{}").status_code == 401
+        assert client.get("/ready").status_code == 401 and client.get("/health").status_code == 200
+        answer = client.post("/v1", content=b"x" * 1001, headers=key)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "too_large"
+        guard.draining = True
+        assert client.post("/v1", content=b"{}", headers=key).status_code == 503
+        guard.draining = False
+        assert not any(stub.asked for stub in crew.stubs)
+        for path in ("/lab/x/v1/y?z", "/v1/y?z"):
+            assert client.post(path, content=b"{}", headers=key).status_code == 200
+        asked = [one for stub in crew.stubs for one in stub.asked]
+        assert [target for _, target, _, _ in asked] == [b"/v1/y?z"] * 2
+        assert not any("authorization" in headers for _, _, headers, _ in asked)
+    assert guard.open == 0 and guard._held.bytes == 0
+
+
+def test_what_was_sent_is_not_held_while_the_answer_is(crew: Team) -> None:
+    """A question of many pictures, whose answer takes minutes, does not keep them."""
+    mark = os.urandom(16) * (1 << 16)
+    with crew.client.stream("POST", "/stream", content=mark) as answer:
+        assert next(answer.iter_raw())
+        assert not [one for one in gc.get_objects() if type(one) is Body and one.data]
+        for stub in crew.stubs:
+            stub.go.set()
 
 
 def test_a_body_in_pieces_arrives_whole(crew: Team) -> None:

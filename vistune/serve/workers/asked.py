@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from vistune.serve.workers.worker import Body
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,7 +39,7 @@ class Asked:
         raw: bytes = scope.get("raw_path") or scope["path"].encode()
         query: bytes = scope.get("query_string", b"")
         self.target = (raw.removeprefix(prefix.encode()) or b"/") + (b"?" + query if query else b"")
-        self.body = b""
+        self.body = Body()
         self._receive = receive
 
     async def whole(self) -> None:
@@ -49,7 +51,7 @@ class Asked:
                 raise Gone
             pieces.append(message.get("body", b""))
             more = message.get("more_body", False)
-        self.body = b"".join(pieces)
+        self.body.data = b"".join(pieces)
 
     async def left(self) -> None:
         """Returns when the client is gone."""
@@ -58,7 +60,8 @@ class Asked:
 
     def onward(self) -> list[tuple[bytes, bytes]]:
         """The headers for a worker."""
-        return [(name, value) for name, value in self.headers if name.lower() not in HOP | CHECKED]
+        kept = [(name, value) for name, value in self.headers if name.lower() not in HOP | CHECKED]
+        return [*kept, (b"content-length", str(len(self.body.data)).encode())] if self.body.data else kept
 
 
 async def unless_gone(work: Awaitable[None], asked: Asked) -> None:

@@ -94,7 +94,7 @@ class Crew:
                     await self._started(worker)
                     console.warn(f"worker {worker.number} is there again")
                     break
-                except ValueError as error:
+                except (ValueError, OSError) as error:
                     console.warn(f"worker {worker.number} does not start: {error}; again in {pause:.0f} s")
 
     async def _while_it_lives(self, worker: Worker) -> float:

@@ -5,6 +5,7 @@ Knows nothing of what is asked: bytes in, bytes out, and how an answer that brea
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 
@@ -51,6 +52,7 @@ class Passing:
         try:
             if answer.status_code in AGAIN and least_busy(self.workers, self.turn, tried):
                 return False
+            asked.body.data = b""  # an answer may take minutes, and a question hold pictures
             await relay(answer, asked, send)
             return True
         finally:
@@ -58,12 +60,14 @@ class Passing:
 
     async def all(self, asked: Asked, send: Send) -> None:
         """What every worker has to know: told to each, answered with the first refusal, or with the first "no"."""
-        answers = []
-        for worker in [one for one in self.workers if one.ready]:
-            try:
-                answers.append(await _whole(worker, asked))
-            except httpx.HTTPError as error:
-                console.warn(f"worker {worker.number}: {type(error).__name__}")
+        there = [one for one in self.workers if one.ready]
+        found = await asyncio.gather(*(_whole(one, asked) for one in there), return_exceptions=True)
+        for worker, one in zip(there, found, strict=True):
+            if isinstance(one, httpx.HTTPError):
+                console.warn(f"worker {worker.number}: {type(one).__name__}")
+            elif isinstance(one, BaseException):
+                raise one
+        answers = [one for one in found if isinstance(one, httpx.Response)]
         if not answers:
             raise Refused(503, "no worker is ready; ask again", code="no_worker", retry_after=2.0)
         worst = max(answers, key=lambda one: (one.status_code, b"false" in one.content[:64]))

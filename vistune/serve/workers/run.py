@@ -43,11 +43,12 @@ def run(words: Sequence[str], limits: Limits, options: Options, count: int, *, d
     is no listening, and with a worker's own error where one cannot start."""
     if not 1 <= count <= MOST:
         raise ValueError(f"--workers {count}: 1 to {MOST}")
-    found = places(count, device, sized=bool(limits.kv_bytes))
     folder = Path(tempfile.mkdtemp(prefix="vistune-"))  # for this user alone
     try:
         if len(str(folder)) + 8 > LONGEST_SOCKET:
             raise ValueError(f"{folder} is too long for a socket: set TMPDIR to a shorter one")
+        listening = bound(options)  # first, since asking for GPUs takes a while
+        found = places(count, device, sized=bool(limits.kv_bytes))
         workers = [Worker(number, folder / f"{number}.sock") for number in range(count)]
 
         def started(worker: Worker) -> Process:
@@ -55,13 +56,12 @@ def run(words: Sequence[str], limits: Limits, options: Options, count: int, *, d
             at = [*(["--device", place.device] if place.device else []), "--uds", str(worker.place)]
             return Process(worker.number, [*PROGRAM, *words, *at], place.environment, hidden=(str(folder), "  key   "))
 
-        _serve(Crew(workers, started), limits, options)
+        _serve(Crew(workers, started), limits, options, listening)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve(crew: Crew, limits: Limits, options: Options) -> None:
-    place = bound(options)
+def _serve(crew: Crew, limits: Limits, options: Options, place: socket.socket) -> None:
     metrics = Metrics()
     front = Front(crew.workers, lambda: metrics.text({}).decode(), lambda: guard.draining)
     guard = guarded(front, limits, options, metrics)

@@ -5,7 +5,7 @@ Knows nothing of processes, nor of what is asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,17 @@ import httpx
 
 CONNECT = 10.0
 """Seconds in which a server that is there takes a connection on a Unix socket; after more its loop stands still."""
+
+
+class Body(httpx.AsyncByteStream):
+    """What is sent, in a place of its own: an answer's objects hold it to their end, and it may be let go of before."""
+
+    def __init__(self, data: bytes = b""):
+        self.data = data
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self.data:
+            yield self.data
 
 
 class Worker:
@@ -45,14 +56,14 @@ class Worker:
         method: str,
         target: bytes,
         headers: list[tuple[bytes, bytes]],
-        body: bytes = b"",
+        body: Body | None = None,
         read: float | None = None,
     ) -> httpx.Response:
         """Its answer, begun; whoever asked closes it. `read`: seconds for which it may be silent, for ever unless said:
         it has deadlines of its own. httpx.HTTPError."""
         waits = {"connect": CONNECT, "read": read, "write": None, "pool": None}
         extensions: dict[str, Any] = {"timeout": waits, "target": target}
-        request = httpx.Request(method, "http://worker/", headers=headers, content=body, extensions=extensions)
+        request = httpx.Request(method, "http://worker/", headers=headers, stream=body or Body(), extensions=extensions)
         return await self._client.send(request, stream=True)
 
     async def get(self, path: str, seconds: float) -> httpx.Response:
