@@ -40,7 +40,11 @@ def on_port(host: str, port: int) -> socket.socket:
     name = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
         both = family == socket.AF_INET6 and name == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((name, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        made = socket.create_server((name, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        # Inherited by connections. asyncio sets it only where a socket was made with its protocol's number, as this one
+        # is not; without it the second of two small writes waits 40 ms for the first one's receipt.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
     except (OSError, OverflowError) as error:
         said = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"--host {host} --port {port}: {said}; choose another, or --port 0 for a free one") from error
