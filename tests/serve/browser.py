@@ -146,6 +146,7 @@ class Stub:
         self.limits = Limits(**limits)
         self.models = ["tiny", "other"]
         self.contexts: dict[str, int] = {}
+        self.opening = 0
         self.says: list[str | dict[str, Any] | bytes] = ["Four ", "sevens."]
         self.refuses: Refused | None = None
         self.bodies: list[dict[str, Any]] = []
@@ -170,6 +171,9 @@ class Stub:
         return JSONResponse(error.body(), error.status, headers)
 
     async def _models(self) -> dict[str, Any]:
+        if self.opening:
+            self.opening -= 1
+            raise Refused(503, "the models are being read", code="opening", retry_after=0.3)
         each = [{"id": name, "object": "model", "context": self.contexts.get(name, 4096)} for name in self.models]
         return {"object": "list", "data": each}
 

@@ -377,12 +377,19 @@ def test_a_reload_loses_nothing(watched: Watched) -> None:
 
 @pytest.mark.slow
 def test_pictures_that_do_not_fit_into_the_tabs_store_are_told(watched: Watched) -> None:
-    large = io.BytesIO()
-    PIL.Image.effect_noise((3000, 3000), 90).save(large, "PNG")
     stub = Stub()
     with listening(stub.app) as url:
         page = watched.open(url)
-        page.set_input_files("#files", [{"name": "large.png", "mimeType": "image/png", "buffer": large.getvalue()}])
+        page.evaluate(
+            """() => { // all but some 20,000 characters of the store are taken
+              for (let name = 0, size = 1 << 23; size > 20000; size >>= 1) {
+                try { for (;;) sessionStorage.setItem(`filler${name++}`, "x".repeat(size)); } catch { continue; }
+              }
+            }"""
+        )
+        large = PIL.Image.effect_noise((300, 300), 90)
+        large.save(data := io.BytesIO(), "PNG")
+        page.set_input_files("#files", [{"name": "large.png", "mimeType": "image/png", "buffer": data.getvalue()}])
         pictures(page, 1)
         asked(page, "What?")
         answered(page)
@@ -530,3 +537,14 @@ def test_an_answer_may_have_half_of_a_models_context(watched: Watched) -> None:
         asked(page, "What?")
         answered(page)
         assert stub.bodies[0]["max_tokens"] == 150
+
+
+@pytest.mark.slow
+def test_a_server_that_reads_its_models_is_waited_for(watched: Watched) -> None:
+    stub = Stub()
+    stub.opening = 2
+    with listening(stub.app) as url:
+        page = watched.open(url, expected=["503"])
+        seen(page, "failed: 503: the models are being read", "#notice")
+        comes(page, "document.getElementById('model').value === 'tiny'")
+        assert not page.is_visible("#notice")

@@ -13,6 +13,7 @@ export const draft = { text: "", pictures: [] };
 /** `limits()` of the server; `others()`: pictures of the conversation; `changed()`; `notice(text)`; `submit()`. */
 export function bind(calls) {
   bound = calls;
+  text.enterKeyHint = coarse.matches ? "enter" : "send"; // a finger has no Shift+Enter for a new line
   text.addEventListener("input", () => { draft.text = text.value; fit(); calls.changed(); });
   text.addEventListener("keydown", (event) => {
     const alone = event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;

@@ -22,6 +22,7 @@ let known = null;
 let away = 0;
 let keeping = 0;
 let fading = 0;
+let waiting = 0;
 let keptPictures = true;
 
 // --- what is shown ---------------------------------------------------------------------------------------------------
@@ -273,6 +274,7 @@ async function refresh() {
     if (error.kind === "away") return gone();
     const { what, why, help } = view.faultWords(error);
     if (error.status === 401) find("key-form").hidden = false;
+    if (error.retryAfter) waiting ||= setTimeout(comeAgain, 1000 * error.retryAfter); // it may be reading its models
     notice(`${what}: ${why} ${help}`, "bad");
     if (!(error instanceof server.Failure)) console.error(error);
   }
@@ -281,6 +283,12 @@ async function refresh() {
 /** Half of a model's context is for the question: an answer that may fill it all would be refused. */
 function allow() {
   parameters.allow(Math.min(known.limits.new_tokens, Math.floor(models.context() / 2)));
+}
+
+async function comeAgain() {
+  waiting = 0;
+  notice("");
+  await refresh();
 }
 
 async function learn() {
