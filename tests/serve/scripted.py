@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 from tests.serve.served import listening
 from vistune.decoding import Settings
 from vistune.models.load import Loaded
@@ -104,11 +106,12 @@ class Alone(Shelf):
 
 @dataclass
 class Stage:
-    """`url` of a server (no slash at its end) with one model, "m", that `engine` answers for."""
+    """A server with one model, "m", that `engine` answers for. `url` has no slash at its end; `client` asks there."""
 
     url: str
     engine: Scripted
     app: Any
+    client: httpx.Client
 
 
 def application(engine: Scripted, **limits: Any) -> Any:
@@ -121,7 +124,7 @@ def staged(loaded: Loaded, script: Callable[[Told], None], **limits: Any) -> Ite
     engine = Scripted(loaded, script)
     app = application(engine, **limits)
     try:
-        with listening(app) as url:
-            yield Stage(url, engine, app)
+        with listening(app) as url, httpx.Client(base_url=url, verify=False, trust_env=False, timeout=30) as client:
+            yield Stage(url, engine, app, client)
     finally:
         engine.stop()

@@ -91,6 +91,7 @@ def test_answers_are_those_of_one_request(client, loaded, pictures):
     assert usage.prompt_tokens == len(ids) and usage.total_tokens == len(ids) + usage.completion_tokens
 
 
+@pytest.mark.slow
 def test_several_turns(client, loaded):
     chat, messages = Chat(loaded), []
     for text, pictures in (("What is it?", SHOWN[:1]), ("Sure?", []), ("And these?", SHOWN[1:])):
@@ -179,6 +180,7 @@ def test_asynchronously(serve, loaded):
     assert asyncio.run(all_of_them()) == alone(loaded, "What is it?", SHOWN[:1], 8)
 
 
+@pytest.mark.slow
 def test_characters_are_never_cut(client, loaded):
     """Random models say many bytes that are no characters yet."""
     for i in range(3):
@@ -221,6 +223,7 @@ def test_keys(serve):
         client.models.list()
 
 
+@pytest.mark.slow
 def test_the_queue_is_full(start):
     with serving(start, rows=1, queue=1, new_tokens=1500) as serve, strict(serve) as client:
         asked = {"model": "stage0", "messages": ask("Hi"), "max_tokens": 1500, "stream": True, "temperature": 0}
@@ -238,7 +241,7 @@ def test_the_queue_is_full(start):
         assert serve.idle()
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_who_goes_frees_the_row(start, stream):
     with serving(start, new_tokens=1900) as serve, strict(serve) as client:
         asked = {"model": "stage0", "messages": ask("Tell me."), "max_tokens": 1900, "temperature": 0}

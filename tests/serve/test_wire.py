@@ -165,13 +165,13 @@ PART = '{"type": "text", "text": ""}'
 @pytest.mark.parametrize(
     "body",
     [
-        '{"messages": [{"role": "user", "content": [' + ", ".join([PART] * 1_000_000) + "]}]}",
-        '{"metadata": [' + "1," * 10_000_000 + "1]}",
-        '{"metadata": [' + "{}," * 10_000_000 + "1]}",
-        '{"metadata": ' + "[" * 10_000_000,
-        '{"a": "\\\\", "metadata": [' + "1," * 10_000_000 + "1]}",
-        '{"a": "' + '\\"' * 10_000_000 + '"}',
-        "{" + ", ".join(f'"{i}": 0' for i in range(1_000_000)) + "}",
+        '{"messages": [{"role": "user", "content": [' + ", ".join([PART] * 200_000) + "]}]}",
+        '{"metadata": [' + "1," * 1_000_000 + "1]}",
+        '{"metadata": [' + "{}," * 1_000_000 + "1]}",
+        '{"metadata": ' + "[" * 1_000_000,
+        '{"a": "\\\\", "metadata": [' + "1," * 1_000_000 + "1]}",
+        '{"a": "' + '\\"' * 1_000_000 + '"}',
+        "{" + ", ".join(f'"{i}": 0' for i in range(200_000)) + "}",
     ],
     ids=["parts", "numbers", "objects", "depth", "escaped", "quotes", "names"],
 )
@@ -182,7 +182,7 @@ def test_millions_of_values_are_refused_before_they_are_parsed(body, monkeypatch
     assert (found.value.status, found.value.code) == (400, "too_many_values")
 
 
-@pytest.mark.parametrize("words", ['say "[{,' * 10_000, "[{," * 1_000_000, '\\"\\,' * 20_000, "\\", '\\"', '",' * 1000])
+@pytest.mark.parametrize("words", ['say "[{,' * 10_000, "[{," * 200_000, '\\"\\,' * 20_000, "\\", '\\"', '",' * 1000])
 def test_what_stands_in_strings_is_not_counted(words):
     assert read(messages=[{"role": "user", "content": words}] * 2).messages[1].content == words
 
@@ -299,7 +299,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(wire.Asked.model_fields)), json_values))
 def test_any_json_is_read_or_refused_without_its_contents(fields):
     try:
