@@ -14,6 +14,7 @@ import torch
 
 from tests.made import noise_in
 from tests.models.test_adapted import logits, near, trained
+from tests.original_llava import BASE, ORIGINAL, copied
 from tests.serve.served import serving, until
 from vistune.decoding import Settings, decode, marked, prompt, spoken
 from vistune.models.load import load
@@ -135,6 +136,39 @@ def test_the_model_that_an_adapter_is_for(start, adapters, tmp_path):
 def test_an_adapter_that_does_not_fit_stops_the_start(start, tmp_path):
     with pytest.raises(ValueError, match="no adapter"):
         opened(start, adapters=[f"x={start}"])
+
+
+def test_llavas_pairs_on_a_whole_llava_and_with_a_language_model(tmp_path):
+    """Adapters on the one, in the place of models too; with the other each is a model of its own."""
+    pair, base = copied("llava-lora-mlp2x_gelu", tmp_path), ORIGINAL / "llava-mlp2x_gelu"
+    whole = logits(load(pair, base=base).model)
+    for shelf in (opened(base, adapters=[f"pair={pair}"]), opened(f"pair={pair}", base=str(base))):
+        assert len(shelf.engines) == 1 and shelf.find("pair").adapter
+        SHELVES.append(shelf)
+        near(worn(shelf.find("pair")), whole)
+    shelf = opened(f"a={pair}", f"b={pair}", base=str(BASE))
+    assert names(shelf) == ["a", "b"] and len(shelf.engines) == 2 and not shelf.find("a").adapter
+
+
+def test_adapters_that_come_have_what_was_set_aside(start, adapters, tmp_path, at_once, monkeypatch, capsys):
+    """On a GPU, whose memory keys and values would fill."""
+    (tmp_path / "watched").mkdir()
+    shelf = opened(start, adapter_folder=tmp_path / "watched", limits=Limits(deadline=1e-3))
+    monkeypatch.setattr("vistune.serve.shelf.SPARE", 0.0)
+    shelf._aside = 12_000.0  # cats take 11,136
+    shutil.copytree(adapters / "cats", tmp_path / "watched" / "cats")
+    shutil.copytree(adapters / "cats", tmp_path / "watched" / "more")
+    shelf.look()
+    assert names(shelf) == ["stage0", "cats"] and len(shelf.models[0].adapters.names) == 1
+    said = capsys.readouterr().err
+    assert "more: takes 0.0111 MB, 0.000864 MB are left of what was set aside for new adapters; start again" in said
+    shutil.rmtree(tmp_path / "watched" / "cats")
+
+    def room():
+        shelf.look()
+        return shelf._aside == 12_000
+
+    assert until(room, 5)
 
 
 @pytest.fixture

@@ -32,14 +32,14 @@ class Planned:
 def plan(models: Sequence[Named], base: str) -> list[Planned]:
     """Models, each once, with those of the arguments that are adapters on them. ValueError for an adapter that does not
     say on what it lies where `base` does not either."""
-    adapters = [one for one in models if _lies_on_a_model(Path(one[1]), base)]
+    adapters = [one for one in models if _lies_on_a_model(local(one[1], "model"), base)]
     found = [
         Planned(name, folder, base="" if adapters else base)
         for name, folder in models
         if (name, folder) not in adapters
     ]
     for name, folder in adapters:
-        lies_on = base or adapted.base_of(Path(folder))
+        lies_on = base or adapted.base_of(local(folder))
         if not lies_on:
             raise ValueError(f"{folder}: is an adapter and does not say what it lies on; say it with --base")
         one = next((one for one in found if resolved(one.folder) == resolved(lies_on)), None)
@@ -47,6 +47,11 @@ def plan(models: Sequence[Named], base: str) -> list[Planned]:
             found.append(one := Planned(f"{split(lies_on)[0]} (base)", lies_on, asked=False))
         one.adapters.append((name, folder))
     return found
+
+
+def local(folder: str, what: str = "adapter") -> Path:
+    """A folder as it is, a run's too, or that of a hub id. ValueError, which begins with `what`, for neither."""
+    return Path(folder) if Path(folder).exists() else hub.resolve(folder, what)
 
 
 def _lies_on_a_model(folder: Path, base: str) -> bool:

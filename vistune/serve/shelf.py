@@ -5,11 +5,14 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from vistune import console
 from vistune.generate import open_model
@@ -23,6 +26,8 @@ from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.watched import Watched
 
+ASIDE = 0.1
+"""Share of a GPU's free memory that is set aside for adapters that come later, where a folder is watched."""
 SPARE = 60.0
 """Seconds beyond a request's deadline for which an adapter that is gone is kept: whoever had begun may end."""
 
@@ -60,6 +65,7 @@ class Placed:
     model: Model
     key: str
     created: int
+    nbytes: int
 
     @property
     def served(self) -> Served:
@@ -67,8 +73,10 @@ class Placed:
         return Served(name=self.name, engine=model.engine, adapter=self.key, created=self.created, base=model.name)
 
     def remove(self) -> None:
+        """Let go of it, and of what pictures looked like to it."""
         assert self.model.adapters is not None
         self.model.adapters.remove(self.key)
+        self.model.engine.forget_pictures(self.key)
 
 
 class Shelf:
@@ -82,6 +90,7 @@ class Shelf:
         self._given: list[Placed] = []
         self._watched: Watched[Placed] | None = None
         self._gone: list[tuple[float, Placed]] = []
+        self._aside = math.inf
 
     @property
     def engines(self) -> list[Engine]:
@@ -123,6 +132,7 @@ class Shelf:
             self._gone = [(when, one) for when, one in self._gone if when > now]
         for one in late:
             one.remove()
+            self._aside += one.nbytes
 
     def put(self, name: str, folder: Path, where: str = "", on: Model | None = None) -> Placed:
         """An adapter laid on the model that it is for, not yet listed. ValueError as `Adapters.add`, and when that
@@ -135,10 +145,15 @@ class Shelf:
                 self._count += 1
                 key = f"{name}#{self._count}"
             made = model.adapters.add(key, folder)
+            if made.nbytes > self._aside:
+                model.adapters.remove(key)
+                left = f"{size(max(self._aside, 0))} are left of what was set aside for new adapters"
+                raise ValueError(f"{folder}: takes {size(made.nbytes)}, {left}; start again, which makes room")
+            self._aside -= made.nbytes
         except ValueError as error:
             raise ValueError(str(error).replace(str(folder), where)) from error
         console.say(f"adapter {name} on {model.name}: {size(made.nbytes)}, from {where}")
-        return Placed(name, model, key, int(time.time()))
+        return Placed(name, model, key, int(time.time()), made.nbytes)
 
     def give(self, placed: Placed) -> None:
         """List an adapter for as long as the server runs."""
@@ -148,6 +163,12 @@ class Shelf:
         """List the adapters in the subfolders of `folder`, as they come and go. ValueError when it is not there."""
         self._watched = Watched(folder, self._arrived, self._left)
         self._watched.look()
+
+    def set_aside(self) -> None:
+        """From here on adapters that come have a share of what is free now, and no more."""
+        device = self.models[0].loaded.model.device
+        if device.type == "cuda":
+            self._aside = ASIDE * torch.cuda.mem_get_info(device)[0]
 
     def _arrived(self, name: str, copy: Path, where: str) -> Placed:
         if name in {*(one.name for one in self.models if one.asked), *(one.name for one in self._given)}:
@@ -219,13 +240,15 @@ def open_shelf(
     shelf = Shelf(opened, limits)
     for one, model in zip(planned, opened, strict=True):
         for name, folder in one.adapters:
-            shelf.give(shelf.put(name, Path(folder), on=model))
+            shelf.give(shelf.put(name, naming.local(folder), on=model))
     for name, folder in on_top:
-        shelf.give(shelf.put(name, Path(folder)))
+        shelf.give(shelf.put(name, naming.local(folder)))
     if adapter_folder is not None:
         shelf.watch(Path(adapter_folder))
+        shelf.set_aside()
+    share = (1 - ASIDE if adapter_folder else 1) / len(opened)
     for model in opened:  # what is free is known now, and shared out
-        model.engine = Engine(model.loaded, limits, model.name, model.adapters, share=1 / len(opened))
+        model.engine = Engine(model.loaded, limits, model.name, model.adapters, share=share)
     return shelf
 
 
