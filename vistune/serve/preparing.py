@@ -152,7 +152,8 @@ def _check_text(texts: Sequence[str], loaded: Loaded, order: Order, *, pictures:
         for text in texts:
             for start in range(0, len(text), _SLICE):
                 _check_wanted(order)
-                piece = backend.encode(text[start : start + _SLICE], add_special_tokens=False)
+                # `encode` of one text would keep every other thread waiting meanwhile
+                piece = backend.encode_batch([text[start : start + _SLICE]], add_special_tokens=False)[0]
                 count += max(len(piece) - _SEAM, 0)
                 if count > context:
                     raise Refused(
