@@ -377,7 +377,7 @@ async def no_http(at: Target, draw: random.Random) -> Reply:
 async def wrong_address(at: Target, draw: random.Random) -> Reply:
     paths = (
         "/v1/nothing",
-        f"/../../../..{at.secret}",
+        "/../../../../etc/passwd",
         "/%2e%2e/%2e%2e/etc/passwd",
         "/static/../../x",
         "/v1/models/x/y",
