@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from vistune.models.load import Loaded
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -43,18 +45,25 @@ class Tongue:
     def __init__(self, loaded: Loaded):
         self.tokenizer, self.ends = loaded.tokenizer, stop_ids(loaded)
         self.stop = loaded.template.stop_string
-        rust = getattr(loaded.tokenizer, "backend_tokenizer", None)
+        rust: Any = getattr(loaded.tokenizer, "backend_tokenizer", None)
         added = rust.get_added_tokens_decoder() if rust else {}
         self.unheard = {one for one, token in added.items() if token.special}
         self.local = rust is not None and not _cleans(loaded.tokenizer)
         """Whether a token changes nothing of the text but near itself."""
+        own = getattr(type(loaded.tokenizer), "_decode", None) is not PreTrainedTokenizerFast._decode
+        self._decode = loaded.tokenizer.decode if own or not self.local else rust.decode
+        self._alone: dict[int, tuple[str, str]] = {}
 
     def text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._decode(ids, skip_special_tokens=True))
 
-    def token(self, one: int) -> str:
-        """As the vocabulary writes it; empty when it says nothing."""
-        return "" if one in self.unheard else self.tokenizer.convert_ids_to_tokens(one) or ""
+    def alone(self, one: int) -> tuple[str, str]:
+        """A token as the vocabulary writes it, empty when it says nothing; and its text where it stands alone."""
+        found = self._alone.get(one)
+        if found is None:
+            token = "" if one in self.unheard else self.tokenizer.convert_ids_to_tokens(one) or ""
+            found = self._alone[one] = token, self.text([one])
+        return found
 
 
 def _cleans(tokenizer: Any) -> bool:
@@ -85,18 +94,18 @@ class Speech:
             return ""
         if one in self.tongue.ends:
             return self.close()
-        token = self.tongue.token(one)
+        token, alone = self.tongue.alone(one)
         if not token and self.tongue.local:
             return ""
         self._window.append(one)
-        if _BYTE.fullmatch(token):
+        if token.startswith("<0x") and _BYTE.fullmatch(token):
             return self._byte()
         text = self.tongue.text(self._window)
         sure = self._sure(text, token)
         piece = self._settle(sure)
         if self.tongue.local and not self.ended:
             if len(sure) == len(text):
-                self._window, self._known = [one], self.tongue.text([one])
+                self._window, self._known = [one], alone
             elif len(self._window) > _LONG:
                 piece += self._split(text)
         return piece

@@ -56,7 +56,7 @@ def test_rows_draw_what_one_request_alone_draws(loaded):
     for ids, settings, said, margin in zip(prompts, EVERY, found, margins, strict=True):
         alone = decode(loaded, [Prompt(ids)], settings, endless=True)[0]
         assert said == alone.ids
-        assert math.isinf(margin) and settings.temperature or margin == pytest.approx(alone.margin, abs=1e-4)
+        assert (math.isinf(margin) and settings.temperature) or margin == pytest.approx(alone.margin, abs=1e-4)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert found[2] != found[3]  # seeds matter
 

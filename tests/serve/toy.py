@@ -1,5 +1,7 @@
-"""A reader, keys and values, a tongue and a drawing that compute next to nothing but notice every mistake: what a row
-says next depends on all that it was given, in its order, so a swapped row, a lost token or another's picture changes it."""
+"""A reader, keys and values, a tongue and a drawing that compute next to nothing but notice every mistake.
+
+What a row says next depends on all that it was given, in its order: a swapped row, a lost token, another picture change it.
+"""
 
 from __future__ import annotations
 
@@ -143,10 +145,10 @@ class ToyTongue:
     ends, stop, local = {END}, "", True
 
     def text(self, ids: Sequence[int]) -> str:
-        return "".join(map(self.token, ids))
+        return "".join(chr(97 + one) for one in ids)
 
-    def token(self, one: int) -> str:
-        return chr(97 + one)
+    def alone(self, one: int) -> tuple[str, str]:
+        return chr(97 + one), chr(97 + one)
 
 
 class ToyDrawing:

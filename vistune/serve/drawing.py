@@ -94,7 +94,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     best = scores.topk(2).values
     first, gaps = torch.stack([best[:, 0], best[:, 0] - best[:, 1]]).tolist()
     sound = [math.isfinite(one) for one in first]
-    tokens = scores.argmax(-1)
+    tokens = scores.argmax(-1)  # not the first of topk, which takes another of equal ones
     for (temperature, top_p), rows in _alike(draws, sound).items():
         tokens = _sampled(scores, tokens, rows, draws, temperature, top_p)
     margins = [

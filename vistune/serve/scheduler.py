@@ -31,7 +31,7 @@ IDLE = 10
 
 class Scheduler:
     """`reader`: see `vistune.serve.reader`. `kv_tokens`: tokens of keys and values, all rows together. `clock`:
-    seconds, read when all that was asked of the device is done. `failures`: how often steps failed since one did not."""
+    seconds, read when all that was asked of the device is done. `failures`: steps that failed since one did not."""
 
     def __init__(
         self,
