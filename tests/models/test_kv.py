@@ -12,6 +12,7 @@ from tests.models.test_language_models import KINDS as ASSEMBLED
 from tests.tiny import tiny_language
 from vistune.models import attention
 from vistune.models import language as lm
+from vistune.models.attention.rows import Places
 from vistune.models.folders import quiet
 from vistune.models.kv import Kv
 
@@ -169,7 +170,7 @@ def test_what_a_row_held_can_not_reach_the_next_request(models):
     run.read([0], [30], 30)
     overflows(2)
     run.moves(0, 2)
-    run.read([2], [20], 20)
+    run.read([2], [3], 3)
     overflows(1)
     run.trades(1, 2)
     run.kv.free(2)
@@ -195,6 +196,15 @@ def test_after_a_call_that_failed_rows_end_where_they_did(models):
     run.read([0, 1], [1, 1], 1)
     run.kv.free(0)
     assert not any(tensor[0].any() for tensor in run.kv._tensors())
+
+
+def test_padding_stands_where_the_last_new_position_does():
+    """Not beyond it: what is made for the longest position in sight is made for none that is not there."""
+    places = Places([0, 7, 30], [5, 1, 3], 5, 64, torch.device("cpu"))
+    assert places.positions.tolist() == [[0, 1, 2, 3, 4], [7] * 5, [30, 31, 32, 32, 32]]
+    assert places.longest == 33 and places.seen == 64
+    hidden = places.mask(torch.float32, None)
+    assert (hidden[:, 0] == 0).sum(2).tolist() == [[1, 2, 3, 4, 5], [8] * 5, [31, 32, 33, 33, 33]]
 
 
 def test_neighbours_are_read_where_they_lie():
