@@ -96,8 +96,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "said"), BAD, ids=[" ".join(words)[:30] for words, _ in BAD])
-def test_mistakes_are_named_before_a_model_is_read(monkeypatch, capsys, words: list[str], said: str) -> None:
-    monkeypatch.setattr("vistune.serve.shelf.open_model", lambda *_, **__: pytest.fail("a model was opened"))
+def test_mistakes_are_named_before_a_model_is_read(monkeypatch, capsys, tmp_path, words: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vistune.serve.shelf.open_shelf", lambda *_, **__: pytest.fail("models were opened"))
     assert said in refused(capsys, *words)
 
 

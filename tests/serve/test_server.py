@@ -267,11 +267,12 @@ def test_what_does_not_end_does_not_hold_the_server(monkeypatch, capfd) -> None:
         gate.set()
 
 
-def test_models_that_do_not_open_end_the_server() -> None:
+@pytest.mark.parametrize("error", [ValueError, MemoryError, SystemExit])
+def test_models_that_do_not_open_end_the_server(error: type[BaseException]) -> None:
     def fails() -> Any:
-        raise ValueError("no such folder")
+        raise error("no such folder")
 
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(error, match="no such folder"):
         server.run(fails, Limits(), Options(port=0))
 
 

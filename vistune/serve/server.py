@@ -61,7 +61,7 @@ class _Opening:
 
     def __init__(self, open_shelf: Callable[[], Shelf], guard: Guard, options: Options, said: Callable[[Shelf], None]):
         self.shelf: Shelf | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.server = listening.Listening(guard, self.stop, lambda: self.shelf is not None, options.uds)
         self._open, self._guard, self._options, self._said = open_shelf, guard, options, said
         self._shown = shown(guard.limits, options)
@@ -74,7 +74,7 @@ class _Opening:
             self._guard.app = inside(shelf, self._guard, self._options, self._shown)
             self.shelf = shelf
             self._said(shelf)
-        except Exception as error:  # noqa: BLE001 - raised again in the main thread, when the server has ended
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, when the server has ended
             self.error = error
             self.server.should_exit = True
 
