@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.each_family import each_family, folders_in
 from tests.made import WORDS, noise_in, stage0
+from tests.models.test_adapted import trained
 from tests.serve.served import until
 from tests.tiny import tiny_language, tiny_vision
 from vistune.decoding import Prompt, Settings, decode, marked, prompt, shown
+from vistune.models.adapted import Adapters
 from vistune.models.assemble import assemble
 from vistune.models.load import Loaded, load
 from vistune.samples import Image, Message
@@ -24,6 +29,7 @@ from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.work import Ended, Piece, Work
 from vistune.speech import spoken
+from vistune.train.keeping.merge import merge
 
 SIZES = [(70, 40), (56, 56), (30, 90), (100, 60)]
 
@@ -356,3 +362,89 @@ def test_pictures_of_requests_together_are_seen_once(loaded, pictures):
         one.end()
     assert sum(seen.calls) == 2 and engine.state().pictures_again == 10
     engine.stop()
+
+
+def test_where_the_memory_gave_out_in_the_midst_of_a_step_the_others_go_on_unharmed(loaded):
+    """The failing step wrote keys and values already."""
+    engine = Engine(loaded, Limits())
+    reader: Any = engine.reader
+    step, at = reader.step, iter(range(1000))
+
+    def small(*given: Any) -> Any:
+        logits = step(*given)
+        if next(at) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    reader.step = small
+    works = [Work(ids=[1, 50 + i, *range(60, 63 + i)], settings=Settings(max_new_tokens=20)) for i in range(4)]
+    heard = [Listener() for _ in works]
+    for work, one in zip(works, heard, strict=True):
+        engine.submit(work, one)
+    engine.start()
+    ends = [one.end() for one in heard]
+    engine.stop()
+    assert [end.error.code if end.error else "" for end in ends] == ["", "", "", "out_of_memory"]
+    check_parity(loaded, works[:3], heard[:3])
+
+
+def test_an_answer_that_is_late_ends_and_what_was_said_stands(loaded):
+    engine = Engine(loaded, Limits())
+    engine.start()
+    work = endless(loaded)
+    engine.submit(replace(work, until=time.monotonic() + 0.3), heard := Listener())
+    error = heard.end().error
+    engine.stop()
+    assert error is not None and (error.status, error.code) == (504, "deadline")
+    assert heard.text and heard.end().tokens >= len(heard.pieces)
+
+
+def test_nothing_of_a_request_is_held_when_it_is_over(loaded, pictures):
+    engine = Engine(loaded, Limits(pictures_held=0))
+    engine.start()
+    work = asked(loaded, ["What?"], pictures[:2], max_new_tokens=4)
+    heard = Listener()
+    ticket = engine.submit(work, heard)
+    heard.end()
+    assert until(lambda: not engine.scheduler.busy)
+    gone = [weakref.ref(one) for one in (work, heard, ticket, work.pictures[0].pixels)]
+    del work, heard, ticket
+
+    def all_gone() -> bool:
+        gc.collect()
+        return all(ref() is None for ref in gone)
+
+    assert until(all_gone) and not engine.scheduler.lanes
+    engine.stop()
+
+
+@pytest.mark.slow
+def test_adapters_each_answer_as_if_they_were_merged(folder, tmp_path, pictures):
+    """Requests for the model and for two adapters on it, together, one of which sees otherwise."""
+    loaded, adapters = load(folder), {}
+    kinds: dict[str, dict[str, Any]] = {"": {}, "speaks": {}, "sees": {"target_modules": r".*vision_tower.*q_proj"}}
+    on = Adapters(loaded)
+    for name, config in kinds.items():
+        if name:
+            on.add(name, trained(tmp_path / name, folder, len(name), **config))
+            adapters[name] = load(merge(tmp_path / name, tmp_path / f"{name} merged", base=folder))
+    works = [
+        replace(work, adapter=name, settings=replace(work.settings, temperature=0.0))
+        for name in kinds
+        for work in some(loaded, pictures[:2], 6, 5, most=12)
+    ]
+    random.Random(0).shuffle(works)
+    engine = Engine(loaded, Limits(rows=8), adapters=on)
+    heard = [Listener() for _ in works]
+    for work, one in zip(works, heard, strict=True):
+        engine.submit(work, one)
+    engine.start()
+    for one in heard:
+        one.end()
+    seen = engine.state().pictures_seen
+    engine.stop()
+    on.wear("")
+    for name in kinds:
+        mine = [(work, one) for work, one in zip(works, heard, strict=True) if work.adapter == name]
+        check_parity(adapters.get(name, loaded), [work for work, _ in mine], [one for _, one in mine])
+    assert seen == 4  # two pictures, by the model's own eyes and by those of the adapter that has others

@@ -1,6 +1,6 @@
 """A reader, keys and values, a tongue and a drawing that compute next to nothing but notice every mistake.
 
-What a row says next depends on all that it was given, in its order: a swapped row, a lost token, another picture change it.
+What a row says next depends on all that it was given, in its order: a swapped row or a lost token changes it.
 """
 
 from __future__ import annotations
