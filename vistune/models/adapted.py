@@ -109,6 +109,7 @@ class Adapters:
     from another one meanwhile. The model must not be moved or wrapped any more."""
 
     def __init__(self, loaded: Loaded):
+        merge.bring_library()
         self.loaded = loaded
         self.worn = ""
         self._on: tuple[Swap, ...] = ()

@@ -44,6 +44,13 @@ class Learned:
     whole: dict[str, Entry] = field(default_factory=dict)
 
 
+def bring_library() -> None:
+    """Import peft, which takes seconds, now rather than in the midst of something."""
+    import peft
+
+    assert peft.LoraConfig
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether peft, or a run of ours, wrote an adapter here."""
     return (folder / ADAPTER_CONFIG).is_file()
