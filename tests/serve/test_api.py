@@ -168,13 +168,17 @@ def test_silence_is_filled_and_has_an_end(loaded, monkeypatch):
 
 def talking(url, stream):
     """A connection on which a request was sent."""
+    return talking_of(url, HI | {"stream": stream})
+
+
+def talking_of(url, body):
     host, port = url.removeprefix("http://").split(":")
-    body = json.dumps(HI | {"stream": stream}).encode()
+    data = json.dumps(body).encode()
     head = (
-        f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
     connection = socket.create_connection((host, int(port)), timeout=10)
-    connection.sendall(head.encode() + body)
+    connection.sendall(head.encode() + data)
     return connection
 
 
@@ -267,32 +271,22 @@ def test_large_bodies_are_read_in_a_thread(loaded, monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_request_came_in_is_let_go_of(loaded):
-    size = (1200, 900)  # 3 MB of noise
-    body = {"model": "m", "messages": [shows("a", picture(0, size))]}
+    body = {"model": "m", "messages": [shows("a", picture(0, (1200, 900)))], "stream": True}  # 4 MB
+    loaded.encoder.make_ready(whole=False)  # it keeps words in tables of a fixed size
     with staged(loaded, waits("A")) as stage:
         tracemalloc.start()
+        sent = []
         try:
-            threads = [threading.Thread(target=lambda: post(stage, body, stream=True)) for _ in range(3)]
             before = tracemalloc.get_traced_memory()[0]
-            sent = [talking_of(stage.url, body | {"stream": True}) for _ in threads]
+            sent += [talking_of(stage.url, body) for _ in range(3)]
             assert until(lambda: len(stage.engine.tickets) == 3, 20)
             assert all(one.recv(100) for one in sent)
             assert until(lambda: tracemalloc.get_traced_memory()[0] - before < 2_000_000)
+            assert tracemalloc.get_traced_memory()[1] - before > 10_000_000
         finally:
             tracemalloc.stop()
             for one in sent:
                 one.close()
-
-
-def talking_of(url, body):
-    host, port = url.removeprefix("http://").split(":")
-    data = json.dumps(body).encode()
-    head = (
-        f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
-    connection = socket.create_connection((host, int(port)), timeout=10)
-    connection.sendall(head.encode() + data)
-    return connection
 
 
 KEYS = [*wire.Asked.model_fields, "top_k", "type", "text", "role", "content", "url", "image_url", "\x00", "é"]

@@ -20,7 +20,6 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from vistune.serve import bodies
 from vistune.serve.refused import Refused
@@ -81,7 +80,7 @@ class ImageUrl(_Said):
     @classmethod
     def _whole(cls, said: str | None) -> str | None:
         if said not in (None, "auto", "high"):
-            raise _unsupported(
+            raise _Unsupported(
                 "pictures are always seen as the model's own layout has them; say auto, high, or nothing"
             )
         return said
@@ -149,7 +148,7 @@ class Turn(_Said):
     @classmethod
     def _empty(cls, said: Any, info: ValidationInfo) -> None:
         if said is not None and not (said == [] and info.field_name in ("annotations", "tool_calls")):
-            raise _unsupported("the model's template has no place for it; leave it out")
+            raise _Unsupported("the model's template has no place for it; leave it out")
 
 
 class StreamOptions(_Said):
@@ -160,7 +159,7 @@ class StreamOptions(_Said):
     @classmethod
     def _plain(cls, said: bool | None) -> bool | None:
         if said:
-            raise _unsupported("chunks are not padded; leave it out")
+            raise _Unsupported("chunks are not padded; leave it out")
         return said
 
 
@@ -211,7 +210,7 @@ class Asked(_Said):
     def _says_nothing(cls, said: Any, info: ValidationInfo) -> None:
         accepted, why = NOTHING[str(info.field_name)]
         if said is not None and not any(said == one and type(said) is type(one) for one in accepted):
-            raise _unsupported(why)
+            raise _Unsupported(why)
 
     @field_validator("stop")
     @classmethod
@@ -219,7 +218,7 @@ class Asked(_Said):
         found = [said] if isinstance(said, str) else [] if said is None else said
         fits = isinstance(found, list) and len(found) <= 4
         if not fits or not all(isinstance(one, str) and 0 < len(one) <= 256 for one in found):
-            raise PydanticCustomError("shape", "should be a string, or up to 4 of them, of 1 to 256 characters each")
+            raise ValueError("should be a string, or up to 4 of them, of 1 to 256 characters each")
         return tuple(found)
 
     @property
@@ -237,8 +236,8 @@ class Asked(_Said):
         return (self.temperature is not None and self.temperature < GREEDY) or self.top_p == 0
 
 
-def _unsupported(why: str) -> PydanticCustomError:
-    return PydanticCustomError("unsupported", "{why}", {"why": why})
+class _Unsupported(ValueError):
+    """A field that says something where it may not."""
 
 
 async def parse(body: bytes) -> Asked:
@@ -286,7 +285,9 @@ def refusal(error: ValidationError) -> Refused:
         return Refused(400, f"the body is not JSON: {first['ctx']['error']}", code=_CODES[kind])
     if not param:
         return Refused(400, "the body should be a JSON object", code="invalid_type")
-    why = _TO_SAY.get(kind) or first["msg"].replace("Input should", "should")
+    ours = first["ctx"]["error"] if kind == "value_error" else None
+    kind = "unsupported" if isinstance(ours, _Unsupported) else kind
+    why = str(ours or _TO_SAY.get(kind) or first["msg"].replace("Input should", "should"))
     return Refused(400, f"{param}: {why}", param=param, code=_CODES.get(kind, "invalid_value"))
 
 
