@@ -179,6 +179,21 @@ def test_what_a_row_held_can_not_reach_the_next_request(models):
     run.read([0, 1, 2], [1, 1, 1], 1)
 
 
+@pytest.mark.parametrize("name", ["llama-3", "mistral", "mpt"])
+@pytest.mark.parametrize("piece", [3, 8])
+def test_many_new_positions_attend_in_pieces(models, monkeypatch, name, piece):
+    monkeypatch.setattr(attention.rows, "PIECE", piece)
+    run = Run(*models(name))
+    run.kv.reserve(4, TOKENS)
+    for row in range(4):
+        run.joins(row)
+    run.read([3], [40], 40)
+    run.read([0, 1, 2], [22, 1, 9], 22)
+    run.read([0, 3], [17, 30], 30)
+    run.read([0, 1, 2], [16, 16, 16], 16)
+    assert run.checked == 40 + 32 + 47 + 48
+
+
 def test_after_a_call_that_failed_rows_end_where_they_did(models):
     run = Run(*models("llama-3"))
     run.kv.reserve(2, TOKENS)
