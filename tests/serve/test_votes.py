@@ -33,12 +33,12 @@ VOTE: dict[str, Any] = {
 }
 
 
-def sent(stub: Stub, vote: Any, **headers: str) -> httpx.Response:
+def sent(stub: Stub, vote: Any, client: Any = ("203.0.113.7", 1), **headers: str) -> httpx.Response:
     async def ask() -> httpx.Response:
-        place = httpx.ASGITransport(app=stub.app, client=("203.0.113.7", 1))
-        async with httpx.AsyncClient(transport=place, base_url="http://here") as client:
+        place = httpx.ASGITransport(app=stub.app, client=client)
+        async with httpx.AsyncClient(transport=place, base_url="http://here") as asker:
             body = vote if isinstance(vote, bytes) else json.dumps(vote).encode()
-            return await client.post("/votes", content=body, headers={"content-type": "application/json", **headers})
+            return await asker.post("/votes", content=body, headers={"content-type": "application/json", **headers})
 
     return asyncio.run(ask())
 
@@ -69,6 +69,15 @@ def test_a_vote_is_a_line_of_llavas_log(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o077 == 0  # what people wrote is for who runs the server
 
 
+def test_who_voted_is_who_is_connected_or_whom_the_process_in_front_saw(tmp_path: Path) -> None:
+    stub = Stub(tmp_path / "votes")
+    said = {"x-forwarded-for": "198.51.100.1, 192.0.2.9"}
+    assert sent(stub, VOTE, **said).status_code == 200
+    assert sent(stub, VOTE, client=None, **said).status_code == 200
+    lines = [json.loads(line) for line in (tmp_path / "votes").read_text(encoding="utf-8").splitlines()]
+    assert [line["ip"] for line in lines] == ["203.0.113.7", "192.0.2.9"]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -78,7 +87,10 @@ def test_a_vote_is_a_line_of_llavas_log(tmp_path: Path) -> None:
         ({"answer": None}, "answer"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "text": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "text": "x", "pictures": ["data:image/png;base64,AAAA"]}]}, "messages.0.pictures.0"),
+        (
+            {"messages": [{"role": "user", "text": "x", "pictures": ["data:image/png;base64,AAAA"]}]},
+            "messages.0.pictures.0",
+        ),
         ({"parameters": {"temperature": "hot"}}, "parameters.temperature"),
         ({"tstamp": 0}, "tstamp"),
     ],

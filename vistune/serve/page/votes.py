@@ -26,6 +26,9 @@ MOST_BODY = 1 << 18
 MOST_FILE = 1 << 30
 """Bytes of the file of votes: a full disk would end more than votes."""
 
+_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+"""What some readers take for the end of a line, and JSON leaves as it is."""
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=MOST_BODY)]
 
@@ -116,7 +119,8 @@ class Votes:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """One line at the end of the file, whole or not at all. Refused: 507 when it is full or cannot be written."""
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        text = json.dumps(line, ensure_ascii=False).translate(_BREAKS)
+        data = text.encode("utf-8", "backslashreplace") + b"\n"
         try:
             with self._lock:
                 self._append(data)

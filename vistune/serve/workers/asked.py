@@ -20,8 +20,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 HOP = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te"}
 HOP |= {b"trailer", b"trailers", b"transfer-encoding", b"upgrade", b"expect"}
 """Headers that are one connection's own (RFC 9110, 7.6.1)."""
-CHECKED = {b"authorization", b"cookie", b"origin", b"content-length"}
-"""Headers that the guard in front has judged, and the length, which is counted anew."""
+CHECKED = {b"authorization", b"cookie", b"origin", b"content-length", b"x-forwarded-for"}
+"""Headers that the guard in front has judged, the length, which is counted anew, and who asked, which is seen here."""
 
 
 class Gone(Exception):
@@ -38,6 +38,7 @@ class Asked:
         self.headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         raw: bytes = scope.get("raw_path") or scope["path"].encode()
         query: bytes = scope.get("query_string", b"")
+        self.client: str = (scope.get("client") or ("",))[0]
         self.target = (raw.removeprefix(prefix.encode()) or b"/") + (b"?" + query if query else b"")
         self.body = Body()
         self._receive = receive
@@ -61,6 +62,7 @@ class Asked:
     def onward(self) -> list[tuple[bytes, bytes]]:
         """The headers for a worker."""
         kept = [(name, value) for name, value in self.headers if name.lower() not in HOP | CHECKED]
+        kept += [(b"x-forwarded-for", self.client.encode())] if self.client else []
         return [*kept, (b"content-length", str(len(self.body.data)).encode())] if self.body.data else kept
 
 
