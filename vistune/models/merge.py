@@ -5,6 +5,7 @@ in peft's files. One tensor is in memory at a time. Knows nothing of runs (see `
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,9 +47,7 @@ class Learned:
 
 def bring_library() -> None:
     """Import peft, which takes seconds, now rather than in the midst of something."""
-    import peft
-
-    assert peft.LoraConfig
+    importlib.import_module("peft")
 
 
 def is_adapter(folder: Path) -> bool:
