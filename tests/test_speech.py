@@ -85,7 +85,7 @@ def heard(loaded: Any, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[lis
     return [*pieces, speech.close()], count
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(answers(), st.sampled_from(["</s>", "<|im_end|>", "###", ""]))
 def test_pieces_join_to_the_whole_for_any_ids(answer, stop):
     name, ids = answer
@@ -99,7 +99,7 @@ def test_pieces_join_to_the_whole_for_any_ids(answer, stop):
             assert said == said.strip() and spoken(loaded, ids[:count]).startswith(said)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(answers(), st.data())
 def test_own_stops_cut_the_text_before_the_first_that_is_complete(answer, data):
     name, ids = answer

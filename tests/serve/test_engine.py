@@ -24,6 +24,7 @@ from vistune.models.adapted import Adapters
 from vistune.models.assemble import assemble
 from vistune.models.load import Loaded, load
 from vistune.samples import Image, Message
+from vistune.serve import engine as engine_module
 from vistune.serve.engine import Engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
@@ -246,6 +247,17 @@ def test_what_can_never_be_answered_is_refused_at_once(loaded):
 def test_a_small_memory_bounds_the_context(loaded):
     engine = Engine(loaded, Limits(kv_bytes=300 * 512))
     assert engine.reader.kv_token_bytes == 512 and engine.context == 300
+
+
+def test_a_containers_limit_is_its_memory(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n")
+    assert engine_module._free_of_machine(tmp_path / "meminfo", tmp_path) == 1000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("300000\n")
+    assert engine_module._free_of_machine(tmp_path / "meminfo", tmp_path) == 1000 * 1024
+    (tmp_path / "memory.max").write_text("400000\n")
+    assert engine_module._free_of_machine(tmp_path / "meminfo", tmp_path) == 100_000
+    assert engine_module._free_of_machine(tmp_path / "nothing", tmp_path / "nothing") == 8 << 30
 
 
 def test_pictures_that_wait_are_bounded_in_bytes(loaded, pictures):

@@ -192,11 +192,14 @@ class Engine:
 _DEAD = ("engine_dead", "the model does not answer any more")
 
 
-def _free_of_machine() -> int:
-    """Bytes; 8 GiB where the machine does not say."""
-    table = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", table.read_text() if table.exists() else "", re.MULTILINE)
-    return int(found[1]) * 1024 if found else 8 << 30
+def _free_of_machine(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that are free on the machine and, in a container that has a limit, in it; 8 GiB where neither says."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "", re.MULTILINE)
+    free = int(found[1]) * 1024 if found else 8 << 30
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, max(int(most) - int(used.read_text()), 0))
+    return free
 
 
 def _clock(loaded: Loaded) -> Callable[[], float]:

@@ -26,6 +26,10 @@ _STEP = 64
 """Tokens by which room is taken, so that a longer neighbour does not mean copying everything each time."""
 
 
+def _rounded(room: int) -> int:
+    return -(-room // _STEP) * _STEP
+
+
 class Ticket:
     """A request's place in an engine. All but `leave` belongs to the engine's thread."""
 
@@ -126,11 +130,10 @@ class Lane:
         rows, room = len(self), self.longest
         if self.kv.rows >= rows and self.kv.room >= room and self.held <= most:
             return
-        wide, long = min(1 << (rows - 1).bit_length(), most_rows), -(-room // _STEP) * _STEP
-        for rows_, room_ in ((wide, long), (wide, room), (rows, long)):
-            if rows_ * room_ <= most:
-                rows, room = rows_, room_
-                break
+        wide, long = min(1 << (rows - 1).bit_length(), most_rows), _rounded(room)
+        ample = self.kv.room if room <= self.kv.room else _rounded(max(room, self.kv.room * 5 // 4))
+        options = ((wide, ample), (wide, long), (wide, room), (rows, long), (rows, room))
+        rows, room = next(one for one in options if one[0] * one[1] <= most or one == options[-1])
         self.kv.shrink(rows, room)
         self.kv.reserve(rows, room)
 
@@ -177,7 +180,7 @@ class Lane:
         self.rows.pop()
         ticket.row = None
         if len(self) and len(self) * 4 <= self.kv.rows:
-            self.kv.shrink(2 * len(self), self.longest)
+            self.kv.shrink(2 * len(self), _rounded(self.longest))
 
     def _move(self, source: int, hole: int) -> int:
         """The request of row `source` goes where nobody is; the row that is free then."""
