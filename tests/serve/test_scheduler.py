@@ -92,6 +92,34 @@ def test_everybody_is_answered_once_in_order_and_within_the_memory(events, rows,
             assert heard.text == whole and ended.reason == ("length" if ended.tokens == len(whole) else "stop")
 
 
+breaks = st.tuples(
+    st.sampled_from(["see", "embed", "read", "step"]),
+    st.sampled_from([torch.OutOfMemoryError, RuntimeError]),
+    st.integers(1, 3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(asked, asked, breaks, st.integers(1, 4)), min_size=3, max_size=30), st.integers(1, 5))
+def test_whatever_fails_everybody_ends_once_and_who_is_answered_is_answered_whole(events, rows):
+    reader = ToyReader()
+    one = scheduler(reader, 300, ToyAdapters(), rows=rows, pictures_held=40)
+    here = []
+    for event in [*events, 500]:
+        if isinstance(event, Work):
+            here.append((event, handed_in(one, event)[1]))
+        elif isinstance(event, tuple):
+            reader.fails.setdefault(event[0], []).extend([event[1]("gone")] * event[2])
+        for _ in range(event if isinstance(event, int) else 0):
+            one.step()
+            check(one, reader)
+    assert not one.busy
+    for each, heard in here:
+        (ended,) = heard.ended
+        whole = expected(each)
+        assert whole.startswith(heard.text) if ended.reason == "error" else heard.text == whole
+
+
 def test_a_request_joins_those_that_run_at_the_next_step():
     reader = ToyReader()
     one = scheduler(reader)
