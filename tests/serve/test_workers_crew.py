@@ -15,10 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
+from rich.console import Console
 
 from tests.serve.served import until
+from vistune import cli, cli_serve
 from vistune.serve.workers import crew as crews
 from vistune.serve.workers import places as where
+from vistune.serve.workers import process as processes
 from vistune.serve.workers import watched
 from vistune.serve.workers.crew import Crew
 from vistune.serve.workers.places import places
@@ -216,3 +220,48 @@ def test_each_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.device for one in places(2, "cuda:1", sized=True, environment={})] == ["", ""]
     monkeypatch.setattr(where, "_found", lambda: ("xpu", 2))
     assert [one.device for one in places(2, "auto", sized=False, environment={})] == ["xpu:0", "xpu:1"]
+
+
+def test_workers_get_the_words_that_are_theirs() -> None:
+    """All but where to listen and who may ask; the front registers with a controller, and its workers answer it."""
+    serve: Any = typer.main.get_command(cli.app)
+    said = ["m", "n=other folder", "--workers", "2", "--port", "0", "--host", "0.0.0.0", "--api-key", "new"]
+    said += [
+        "--allow-host",
+        "a",
+        "--adapter",
+        "x=1",
+        "--adapter",
+        "y=2",
+        "--no-page",
+        "--rows",
+        "4",
+        "--kv-bytes",
+        "1GiB",
+    ]
+    said += ["--llava-controller", "http://c", "--llava-allow", "h", "--root-path", "/p", "--quantize", "4bit"]
+    words = cli_serve.inner_words(serve.commands["serve"].make_context("serve", list(said)))
+    assert words[:3] == ["serve", "m", "n=other folder"] and words[-1] == "--no-log"
+    assert not {"--workers", "--port", "--host", "--api-key", "--allow-host", "--llava-controller", "new"} & set(words)
+    again = serve.commands["serve"].make_context("serve", words[1:]).params
+    assert again["adapter"] == ["x=1", "y=2"] and again["page"] is False and again["log"] is False
+    assert (again["rows"], again["kv_bytes"], again["root_path"], again["quantize"]) == (4, "1GiB", "/p", "4bit")
+    assert again["llava"] is True and again["llava_allow"] == ["h"] and again["llava_controller"] == ""
+    plain = cli_serve.inner_words(serve.commands["serve"].make_context("serve", ["m", "--workers", "2"]))
+    assert plain == ["serve", "m", "--no-log"]
+
+
+def test_what_a_worker_writes_is_passed_on_but_for_its_addresses_and_its_last_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.console, "err", Console(stderr=True, soft_wrap=True))
+
+    async def story() -> Process:
+        say = "print('a'); print('at /folder/0.sock'); print('b', end=''); raise SystemExit('error: why')"
+        process = Process(4, [sys.executable, "-c", say], {}, hidden=("/folder",))
+        await process.start()
+        assert await process.ended() == 1
+        return process
+
+    assert asyncio.run(story()).reason(1) == "why"
+    assert sorted(capsys.readouterr().err.splitlines()) == ["worker 4: a", "worker 4: b"]

@@ -17,6 +17,8 @@ from vistune import console
 PROGRAM = (sys.executable, "-m", "vistune.serve.workers.watched")
 SECRETS = ("VISTUNE_API_KEY",)
 """Variables that workers do not get: who may ask is judged in front, and their sockets are this user's alone."""
+ERROR = "error: "
+"""How a process says why it ends; whoever waits for it says it once, and not each of several workers."""
 LAST = 20
 """Lines that are remembered, for the reason of an end."""
 LINE = 1 << 20
@@ -63,7 +65,7 @@ class Process:
         text = line.decode("utf-8", "replace").rstrip()
         if text:
             self.last.append(text)
-        if text and not any(one in text for one in self.hidden):
+        if text and not text.startswith(ERROR) and not any(one in text for one in self.hidden):
             console.err.print(f"worker {self.number}: {text}", markup=False)
 
     async def ended(self) -> int:
@@ -94,7 +96,7 @@ class Process:
 
     def reason(self, code: int) -> str:
         """Why it ended, in one sentence: its own error where it said one."""
-        errors = [line.partition("error: ")[2] for line in self.last if line.startswith("error: ")]
+        errors = [line.removeprefix(ERROR) for line in self.last if line.startswith(ERROR)]
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return errors[-1] if errors else f"worker {self.number} ended {how}{_last(self.last)}"
 

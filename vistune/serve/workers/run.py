@@ -17,7 +17,7 @@ import httpx
 from vistune import __version__, console
 from vistune.serve.guard import Guard
 from vistune.serve.limits import Limits
-from vistune.serve.listening import Listening, listen
+from vistune.serve.listening import Listening, listen, many_files
 from vistune.serve.llava.registering import register
 from vistune.serve.llava.status import Status
 from vistune.serve.metrics import Metrics
@@ -74,7 +74,8 @@ def _serve(crew: Crew, limits: Limits, options: Options, place: socket.socket) -
         register(options, place, server.status)
 
     server = Fronting(guard, crew, said, options.uds)
-    listen(server, place)
+    with many_files(2 * limits.connections):  # each goes on to a worker
+        listen(server, place)
     if server.error is not None:
         raise server.error
 
