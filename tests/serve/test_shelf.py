@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from vistune.samples import Message
 from vistune.serve import engine, watched
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
-from vistune.serve.shelf import open_shelf
+from vistune.serve.shelf import Shelf, open_shelf
 from vistune.train.keeping.merge import merge
 
 
@@ -288,6 +289,28 @@ def test_looks_are_a_second_apart(start, tmp_path, monkeypatch):
         monkeypatch.setattr(watched.time, "monotonic", lambda: now + 100 + seconds)  # noqa: B023 - called at once
         shelf.look()
     assert len(looks) == 3
+
+
+def test_nobody_waits_for_an_adapter_that_is_being_read(start, adapters, tmp_path, at_once, monkeypatch):
+    shutil.copytree(adapters / "cats", tmp_path / "watched" / "cats")
+    shelf = opened(start, adapter_folder=tmp_path / "watched")
+    shutil.copytree(adapters / "dogs", tmp_path / "watched" / "dogs")
+    reading, go_on, real = threading.Event(), threading.Event(), Shelf.put
+
+    def slow(self, *given):
+        reading.set()
+        assert go_on.wait(20)
+        return real(self, *given)
+
+    monkeypatch.setattr(Shelf, "put", slow)
+    first = threading.Thread(target=shelf.look)
+    first.start()
+    assert reading.wait(20)
+    shelf.look()
+    assert names(shelf) == ["stage0", "cats"]
+    go_on.set()
+    first.join(20)
+    assert names(shelf) == ["stage0", "cats", "dogs"]
 
 
 @pytest.mark.parametrize("kind", ["8bit", pytest.param("4bit", marks=pytest.mark.slow)])

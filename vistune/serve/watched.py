@@ -57,11 +57,15 @@ class Watched(Generic[T]):
         return [made for name in sorted(known) if (made := known[name].made) is not None]
 
     def look(self) -> None:
-        """See what has come and gone, unless that was done a second ago. It reads files."""
-        with self._lock:
+        """See what has come and gone, unless that was done a second ago, or somebody is at it. It reads files."""
+        if not self._lock.acquire(blocking=False):
+            return  # an adapter is being read: who asks meanwhile gets what there is, and no thread waits for it
+        try:
             if time.monotonic() - self._last >= EVERY:
                 self._look()
                 self._last = time.monotonic()
+        finally:
+            self._lock.release()
 
     def _look(self) -> None:
         try:
