@@ -236,6 +236,7 @@ def open_shelf(
     for one in planned:
         loaded = open_model(one.folder, device, quantize, one.base or None, template=template, precision=precision)
         say_weights(one.name, loaded)
+        loaded.encoder.make_ready(whole=loaded.template.own)  # or the first request would wait for it
         opened.append(_model(one, loaded, adapting))
     shelf = Shelf(opened, limits)
     for one, model in zip(planned, opened, strict=True):
