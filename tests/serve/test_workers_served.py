@@ -141,6 +141,15 @@ def test_no_worker_outlives_a_front_that_is_killed(model: Path, tmp_path: Path) 
         assert len(gone) == 2 and not left
 
 
+def test_an_end_that_is_asked_for_while_models_are_read_is_no_failure(model: Path, tmp_path: Path) -> None:
+    with running(tmp_path, str(model), fails=True) as server:
+        assert until(lambda: len(server.workers()) == 2, 60)
+        workers = server.workers()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0, server.log.read_text()
+        assert not psutil.wait_procs(workers, 10)[1]
+
+
 def test_a_model_that_cannot_be_opened_ends_all_with_its_own_sentence(tmp_path: Path) -> None:
     with running(tmp_path, str(tmp_path / "nothing"), fails=True) as server:
         assert server.process.wait(120) == 2

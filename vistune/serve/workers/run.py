@@ -114,7 +114,8 @@ class Fronting(Listening):
                 await asyncio.sleep(NAMES)
                 self.names = await models(self.crew.workers) or self.names
         except Exception as error:  # noqa: BLE001 - raised again in the main thread, when the server has ended
-            self.error, self.should_exit = error, True
+            self.error = None if self.asked else error  # one that was told to end has not failed
+            self.should_exit = True
 
     async def _drain(self) -> None:
         """The workers are told at the same moment: they end what is not done in time, and say so in the answers."""
