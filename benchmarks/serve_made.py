@@ -80,7 +80,7 @@ class PictureHost:
             f"https://inside.test:{self.canary}/",
             f"//[::1]:{self.canary}/",
             "http://169.254.169.254/latest/meta-data",
-            "file:///etc/hostname",
+            "file://localhost/etc/hostname",
             f"https://both.test:{self.port}/good.png",
             "/round",
         ]

@@ -312,6 +312,10 @@ def summary(
             "p99": quantile(took, 0.99),
             "max": took[-1] if took else None,
             "not_200": sum(one["status"] != 200 for one in health),
+            "slowest": [
+                {"second": round(one["at"] - health[0]["at"], 1), "took": one["took"]}
+                for one in sorted(health, key=lambda one: -one["took"])[:10]
+            ],
         },
         "start": start,
         "along": [warm[len(warm) * quarter // 4] for quarter in (1, 2, 3)],

@@ -297,7 +297,7 @@ def test_a_redirect_is_followed(host: Host) -> None:
         "https://elsewhere.test/Sesame",
         "https://pictures.test/a",
         "https://127.0.0.1/latest",
-        "file:///etc/hosts",
+        "file://localhost/etc/hosts",
         "//169.254.169.254/latest/meta-data",
         "javascript:Sesame",
         "https://user@pictures.test/",

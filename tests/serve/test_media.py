@@ -108,7 +108,7 @@ ADDRESSES = {
     "": "empty",
     "https://example.org/a.png": "https: is not taken.*fetches none",
     "http://127.0.0.1:80/a.png": "http: is not taken",
-    "file:///etc/passwd": "file: is not taken",
+    "file://localhost/etc/passwd": "file: is not taken",
     "ftp://example.org/a.png": "ftp: is not taken",
     "javascript:alert(1)": "javascript: is not taken",
     f"/srv/{SECRET}.png": "this is none",
@@ -303,6 +303,13 @@ def test_what_is_no_pixels_is_left_out_of_a_png(ours: Media) -> None:
     data = png(5, 4, *[profile] * 20, *[chunk(b"zTXt", b"x\0\0" + much)] * 20)
     assert memory_of(lambda: ours.check(data, HERE)) < 1 << 20
     assert ours.check(data, HERE).image.data == png(5, 4)
+
+
+def test_of_two_sizes_of_a_png_the_first_counts(ours: Media) -> None:
+    """Pillow takes the last one that comes before the pixels, and reads on behind them."""
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0))
+    for data in (png(5, 4, size), png(5, 4)[:-12] + size + png(5, 4)[-12:]):
+        assert ours.check(data, HERE).image.data == png(5, 4)
 
 
 def test_colours_that_hang_on_a_segment_stay_as_they_are(ours: Media) -> None:

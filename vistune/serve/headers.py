@@ -65,7 +65,7 @@ def _png(data: bytes) -> tuple[int, int, Bytes]:
         if at + 8 > len(data) or kind == b"IEND":
             return width, height, kept
         length, kind = struct.unpack_from(">I4s", data, at)
-        if kind in _PNG_KEPT:
+        if kind in _PNG_KEPT and (kind != b"IHDR" or at == 8):
             _keep(kept, at, at + length + 12)
         at += length + 12
     raise ValueError("a PNG of too many parts")
