@@ -113,6 +113,7 @@ async function submit() {
   const before = editing ? turns.filter((one) => one !== editing) : turns;
   if (known && 2 * talk.counted(before).length + 2 > known.limits.messages) return notice(word("too_long", { n: known.limits.messages }));
   notice("");
+  keptPictures ||= pictures.length > 0; // what was told of them is wiped away: it is told again
   const one = talk.turn(text.trim(), pictures);
   turns = [...before, one];
   composer.set(editing ? aside : { text: "", pictures: [] });
