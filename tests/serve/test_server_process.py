@@ -105,8 +105,8 @@ def test_a_signal_in_the_midst_of_eight_streams(start: Path, drain: float, token
             server.process.send_signal(signal.SIGTERM)
 
         answers = asyncio.run(eight(url, tokens, stop))
-        assert server.ended(drain + 15) == 0
-        assert time.monotonic() - when[0] < drain + 10
+        assert time.monotonic() - when[0] < drain + 10, server.said
+        assert server.ended(60) == 0, server.said
     for events in answers:
         parsed = [json.loads(event) for event in events if event != "[DONE]"]
         if drain < 1:
