@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from vistune.serve.lane import Ticket
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import Metrics
 from vistune.serve.refused import Refused
@@ -91,6 +92,7 @@ class Answer:
         self._post = _post(self._loop)
         self._heard: deque[tuple[float, Piece | Ended]] = deque()
         self._there = asyncio.Event()
+        self._ticket: Ticket | None = None  # an engine may speak before it hands over the ticket
         self._ticket = served.engine.submit(work, self._hear)
         metrics.began(self.name)
         self._late = self._at(work.until + GRACE)
@@ -106,6 +108,10 @@ class Answer:
         try:
             self._post.put(self, time.monotonic(), said)
         except RuntimeError:  # the loop is closed, so nobody is there to hear it
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._ticket is not None:
             self._ticket.leave()
 
     def take(self, when: float, said: Piece | Ended) -> None:
@@ -156,7 +162,7 @@ class Answer:
 
     def close(self) -> None:
         """Leave, unless it has ended. May be called again."""
-        self._ticket.leave()
+        self._leave()
         self._end("left", self.tokens)
 
     def __enter__(self) -> Answer:

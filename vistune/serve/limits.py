@@ -25,7 +25,7 @@ class Limits:
     queue: int = 128
     """Requests that wait for a row; more are told to come again (429)."""
     waiting_bytes: int = 2 << 30
-    """Bytes of bodies and decoded pictures of requests that are not yet read by the model; more are told to come again."""
+    """Bytes of bodies and decoded pictures of requests that no model has read yet; more are told to come again."""
     connections: int = 1024
     deadline: float = 300.0
     """Seconds from a request's arrival to the end of its answer."""

@@ -11,9 +11,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class Refused(ValueError):
-    """A request that gets an error for an answer: `status` of HTTP; `param` is the field of the body that is wrong, such
-    as "messages[0].content[1].image_url"; `code` is one word for programs; `retry_after` in seconds, where coming again
-    helps."""
+    """A request that gets an error for an answer: `status` of HTTP; `param` is the field of the body that is wrong,
+    such as "messages[0].content[1].image_url"; `code` is one word for programs; `retry_after` in seconds, where coming
+    again helps."""
 
     def __init__(self, status: int, message: str, *, param: str = "", code: str = "", retry_after: float = 0.0):
         super().__init__(message)

@@ -87,7 +87,7 @@ class Answering:
                     taken = await self.media.read(list(zip(params, asked.images, strict=True)))
                     return await self.desk.do(functools.partial(_prepared, served, asked.prompt, taken, order))
             except TimeoutError:
-                raise Refused(503, "making the request ready took too long", code="deadline") from None
+                raise Refused(504, "making the request ready took too long", code="deadline") from None
 
 
 def _prepared(served: Served, prompt: str, taken: list[Taken], order: Order, told: threading.Event) -> Work:
