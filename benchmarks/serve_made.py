@@ -35,7 +35,7 @@ IN_OPEN, IN_ACCESS, NONBLOCK = 0x20, 0x1, 0o4000
 def launch(words: Sequence[str]) -> None:
     """`vistune` with these words, in this process."""
     sys.path[0] = str(ROOT)
-    from vistune.serve import fetching
+    from vistune.serve.pictures import fetching
 
     look, public = fetching.looked_up, fetching.public
 

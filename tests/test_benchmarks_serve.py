@@ -15,7 +15,7 @@ import pytest
 
 from vistune.images import open_image
 from vistune.serve.limits import Limits
-from vistune.serve.media import Media
+from vistune.serve.pictures.media import Media
 from vistune.serve.refused import Refused
 
 ROOT = Path(__file__).resolve().parents[1]

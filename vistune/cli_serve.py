@@ -143,8 +143,8 @@ def limits_of(given: Mapping[str, Any]) -> Limits:
 
 
 def _options(given: Mapping[str, Any]) -> Any:
-    from vistune.serve.keys import gathered
-    from vistune.serve.options import Options
+    from vistune.serve.door.keys import gathered
+    from vistune.serve.door.options import Options
 
     words, file = given["api_key"] or (), given["api_key_file"]
     keys, new = gathered(words, file, os.environ.get("VISTUNE_API_KEY", ""))

@@ -14,10 +14,10 @@ from typing import Any
 
 import uvicorn
 
-from vistune.serve.guard import Guard
-from vistune.serve.keys import Keys
+from vistune.serve.door.guard import Guard
+from vistune.serve.door.keys import Keys
+from vistune.serve.door.listening import configured, on_port
 from vistune.serve.limits import Limits
-from vistune.serve.listening import configured, on_port
 from vistune.serve.metrics import Metrics
 
 ROOM = 1 << 16

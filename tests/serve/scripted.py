@@ -14,7 +14,7 @@ from tests.serve.served import listening
 from vistune.decoding import Settings
 from vistune.models.load import Loaded
 from vistune.serve import server
-from vistune.serve.engine import Hear
+from vistune.serve.answering.engine import Hear
 from vistune.serve.limits import Limits
 from vistune.serve.shelf import Served, Shelf
 from vistune.serve.work import Ended, Piece, State, Work

@@ -18,6 +18,8 @@ import PIL.Image
 import uvicorn
 
 from vistune.serve import server
+from vistune.serve.door.guard import Guard
+from vistune.serve.door.listening import configured
 from vistune.serve.limits import Limits
 from vistune.serve.shelf import Shelf, open_shelf
 
@@ -73,7 +75,8 @@ def serving(
 def listening(app: Any, names: Sequence[str] = ("127.0.0.1",), port: int = 0) -> Iterator[str]:
     """Any ASGI application on a free port of the loopback, or on this one."""
     with socket.create_server((names[0], port), backlog=512) as place:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        config = configured(app) if isinstance(app, Guard) else uvicorn.Config(app, log_config=None, lifespan="off")
+        config.timeout_graceful_shutdown = 5
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()

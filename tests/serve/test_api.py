@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.serve.scripted import Scripted, application, says, staged, waits
 from tests.serve.served import picture, shows, until
 from vistune.models.load import load
-from vistune.serve import api, completions, preparing, wire
+from vistune.serve.interface import api, completions, preparing, wire
 from vistune.serve.refused import Refused
 from vistune.serve.work import Ended, Piece, State
 

@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from tests.serve.scripted import SETTINGS, Scripted, says, waits
-from vistune.serve import completions
-from vistune.serve.completions import Answer, Desk, answer
+from vistune.serve.interface import completions
+from vistune.serve.interface.completions import Answer, Desk, answer
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import Metrics
 from vistune.serve.refused import Refused

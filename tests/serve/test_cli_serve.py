@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from vistune import cli, cli_serve
-from vistune.serve import keys
+from vistune.serve.door import keys
 from vistune.serve.limits import Limits
 from vistune.serve.shelf import Shelf
 
@@ -112,7 +112,7 @@ def test_without_the_extra_it_is_named(monkeypatch, capsys, missing: str) -> Non
     real = builtins.__import__
 
     def fails(name: str, *rest: Any) -> Any:
-        if name.startswith("vistune.serve.options"):
+        if name.startswith("vistune.serve.door.options"):
             raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
         return real(name, *rest)
 

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from tests.made import stage0
 from vistune.decoding import Prompt, Settings, decode
 from vistune.models.load import load
-from vistune.serve.drawing import Draw, Drawing, draw
-from vistune.serve.reader import Reader
+from vistune.serve.answering.drawing import Draw, Drawing, draw
+from vistune.serve.answering.reader import Reader
 
 
 @pytest.fixture(scope="module")

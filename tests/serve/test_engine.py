@@ -24,8 +24,8 @@ from vistune.models.adapted import Adapters
 from vistune.models.assemble import assemble
 from vistune.models.load import Loaded, load
 from vistune.samples import Image, Message
-from vistune.serve import engine as engine_module
-from vistune.serve.engine import Engine
+from vistune.serve.answering import engine as engine_module
+from vistune.serve.answering.engine import Engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.work import Ended, Piece, Work

@@ -16,9 +16,9 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from vistune.serve.fetching import Fetcher, Place, Trip, allowed, public
 from vistune.serve.limits import Limits
-from vistune.serve.media import Media
+from vistune.serve.pictures.fetching import Fetcher, Place, Trip, allowed, public
+from vistune.serve.pictures.media import Media
 from vistune.serve.refused import Refused
 
 MADE = Path(__file__).parent.parent / "golden" / "serve"  # an authority made for tests, and a host's name by it
@@ -460,8 +460,8 @@ def test_pictures_are_fetched_once_and_checked_as_all_are(host: Host) -> None:
 def test_who_waits_for_a_thread_waits_no_longer_than_fetching_may_take(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vistune.serve.media.FETCHED_AT_ONCE", 1)
-    monkeypatch.setattr("vistune.serve.media._GRACE", 0.0)
+    monkeypatch.setattr("vistune.serve.pictures.media.FETCHED_AT_ONCE", 1)
+    monkeypatch.setattr("vistune.serve.pictures.media._GRACE", 0.0)
     over = threading.Event()
     made = fetcher(host, fetch=0.3)
     media = Media(made.limits, made)

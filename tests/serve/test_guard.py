@@ -8,8 +8,8 @@ import hmac
 import pytest
 
 from tests.serve.guarded import Place, guarded, until
-from vistune.serve import hosts
-from vistune.serve.keys import Keys
+from vistune.serve.door import hosts
+from vistune.serve.door.keys import Keys
 
 KEYS = ("first-key-of-the-server", "second-key-of-the-server", "third-key-of-the-server")
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistune.images import open_image
-from vistune.serve import headers, media
 from vistune.serve.limits import Limits
-from vistune.serve.media import Media, Taken
+from vistune.serve.pictures import headers, media
+from vistune.serve.pictures.media import Media, Taken
 from vistune.serve.refused import Refused
 
 HERE = "messages[0].content[1].image_url"

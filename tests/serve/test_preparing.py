@@ -18,12 +18,12 @@ from vistune.decoding import Settings
 from vistune.generate import Chat
 from vistune.models.load import load
 from vistune.samples import IMAGE_ID, IMAGE_MARK, Image, Message
-from vistune.serve import preparing, wire
+from vistune.serve.interface import preparing, wire
+from vistune.serve.interface.preparing import Order, prepare, prepare_prompt
+from vistune.serve.interface.turns import conversation
 from vistune.serve.limits import Limits
-from vistune.serve.media import Media
-from vistune.serve.preparing import Order, prepare, prepare_prompt
+from vistune.serve.pictures.media import Media
 from vistune.serve.refused import Refused
-from vistune.serve.turns import conversation
 
 LIMITS = Limits()
 SHOWN = [picture(0), picture(1, (56, 56)), picture(2, (30, 90))]

@@ -15,7 +15,7 @@ from vistune.decoding import Prompt, Settings, decode, shown, together
 from vistune.models.assemble import assemble
 from vistune.models.load import load
 from vistune.models.quantize import load_quantized
-from vistune.serve.reader import Reader, context, kv_token_bytes
+from vistune.serve.answering.reader import Reader, context, kv_token_bytes
 
 SIZES = ((60, 40), (40, 80), (90, 50), (60, 40))
 PICTURES = ((0,), (), (1, 2), (3,))

@@ -29,7 +29,7 @@ from tests.serve.toy import (
     work,
 )
 from vistune.decoding import Settings
-from vistune.serve.budget import Cost, together
+from vistune.serve.answering.budget import Cost, together
 from vistune.serve.refused import Refused
 from vistune.serve.work import Work
 

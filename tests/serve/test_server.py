@@ -18,10 +18,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.guarded import Small, until
-from vistune.serve import listening, probes, server
+from vistune.serve import server
+from vistune.serve.door import listening, probes
+from vistune.serve.door.options import Options, address, guarded, reached
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import Metrics
-from vistune.serve.options import Options, address, guarded, reached
 from vistune.serve.work import State
 
 KEY = "a-key-of-this-server"

@@ -19,8 +19,8 @@ from vistune import cli_serve
 from vistune.cli import app
 from vistune.preflight import presets
 from vistune.preflight.inference import KINDS, weights
+from vistune.serve.answering.reader import kv_token_bytes
 from vistune.serve.metrics import Metrics
-from vistune.serve.reader import kv_token_bytes
 from vistune.serve.work import State
 
 PAGE = DOCS / "serving.md"

@@ -20,7 +20,8 @@ from tests.serve.served import serving, until
 from vistune.decoding import Settings, decode, marked, prompt, spoken
 from vistune.models.load import load
 from vistune.samples import Message
-from vistune.serve import engine, watched
+from vistune.serve import watched
+from vistune.serve.answering import engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import Shelf, open_shelf

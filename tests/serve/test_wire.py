@@ -12,10 +12,10 @@ from openai.types.chat import completion_create_params
 
 from tests.serve.served import data_url, picture
 from vistune.samples import IMAGE_MARK
-from vistune.serve import wire
+from vistune.serve.interface import wire
+from vistune.serve.interface.turns import conversation, links
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
-from vistune.serve.turns import conversation, links
 
 HI = [{"role": "user", "content": "Hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

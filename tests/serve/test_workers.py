@@ -24,8 +24,8 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.served import listening, until
+from vistune.serve.door.options import Options, guarded
 from vistune.serve.limits import Limits
-from vistune.serve.options import Options, guarded
 from vistune.serve.workers.front import Front
 from vistune.serve.workers.merged import merged
 from vistune.serve.workers.worker import Body, Worker, least_busy

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vistune.decoding import Settings, Shown
-from vistune.serve.drawing import Draw
-from vistune.serve.lane import Ticket
+from vistune.serve.answering.drawing import Draw
+from vistune.serve.answering.lane import Ticket
+from vistune.serve.answering.scheduler import Scheduler
 from vistune.serve.limits import Limits
-from vistune.serve.scheduler import Scheduler
 from vistune.serve.work import Ended, Piece, Work
 
 LETTERS = 27

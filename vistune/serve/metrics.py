@@ -66,6 +66,8 @@ class Metrics:
             "kv_tokens": state("kv_cache_tokens", "Tokens that keys and values have room for."),
             "kv_used": state("kv_cache_tokens_used", "Tokens of keys and values that are reserved."),
             "pictures_held": state("pictures_held_bytes", "Encoded pictures that are remembered."),
+            "pictures_seen": state("pictures_encoded", "Pictures encoded since the start."),
+            "pictures_again": state("pictures_reused", "Pictures that were encoded already, since the start."),
             "alive": state("engine_up", "1 while the engine's loop is alive."),
             "idle": state("engine_last_turn_seconds", "Seconds since the engine's loop last turned."),
         }

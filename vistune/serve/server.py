@@ -15,14 +15,16 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from vistune import __version__, console
-from vistune.serve import api, listening, page, probes
-from vistune.serve.engine import Engine
-from vistune.serve.guard import Guard
+from vistune.serve import page
+from vistune.serve.answering.engine import Engine
+from vistune.serve.door import listening, probes
+from vistune.serve.door.guard import Guard
+from vistune.serve.door.options import Options, address, bound, guarded, reached
+from vistune.serve.interface import api
 from vistune.serve.limits import Limits
 from vistune.serve.llava import routes as llava
 from vistune.serve.llava.registering import register
-from vistune.serve.media import Media
-from vistune.serve.options import Options, address, bound, guarded, reached
+from vistune.serve.pictures.media import Media
 from vistune.serve.shelf import Shelf
 
 

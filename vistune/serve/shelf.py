@@ -21,7 +21,7 @@ from vistune.models.adapted import Adapters
 from vistune.models.load import Loaded
 from vistune.models.quantize import size, weighed
 from vistune.serve import naming
-from vistune.serve.engine import Engine
+from vistune.serve.answering.engine import Engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.watched import Watched

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from vistune.serve.completions import Answer, Desk, Events, Gone, unless_gone
+from vistune.serve.interface.completions import Answer, Desk, Events, Gone, unless_gone
+from vistune.serve.interface.preparing import Order, prepare_prompt
 from vistune.serve.limits import Limits
 from vistune.serve.llava import lines
 from vistune.serve.llava.asked import Asked, read
-from vistune.serve.media import Media, Taken
 from vistune.serve.metrics import Metrics
-from vistune.serve.preparing import Order, prepare_prompt
+from vistune.serve.pictures.media import Media, Taken
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import Served, Shelf
 from vistune.serve.work import Ended, Piece, Work

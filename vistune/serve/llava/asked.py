@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vistune.decoding import Settings
 from vistune.samples import IMAGE_MARK
-from vistune.serve.bodies import check_count
+from vistune.serve.interface.bodies import check_count
 from vistune.serve.refused import Refused
 
 MOST_NEW = 1024

@@ -12,7 +12,7 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vistune.serve.completions import Events, unless_gone
+from vistune.serve.interface.completions import Events, unless_gone
 from vistune.serve.llava import lines
 from vistune.serve.llava.answering import refused
 from vistune.serve.llava.status import Status, read_status

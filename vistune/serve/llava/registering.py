@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from vistune import console
+from vistune.serve.door.options import Options, address
 from vistune.serve.llava.status import Status
-from vistune.serve.options import Options, address
 
 BEAT = 15.0
 """Seconds between two (WORKER_HEART_BEAT_INTERVAL); a controller forgets who is silent for 30."""

@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from vistune.serve.completions import Desk, Gone
+from vistune.serve.interface.completions import Desk, Gone
 from vistune.serve.limits import Limits
 from vistune.serve.llava import lines
 from vistune.serve.llava.addresses import worker_address
@@ -22,8 +22,8 @@ from vistune.serve.llava.answering import Answering, refused
 from vistune.serve.llava.controller import Controller
 from vistune.serve.llava.others import Others
 from vistune.serve.llava.status import Status, queue_length, read_status
-from vistune.serve.media import Media
 from vistune.serve.metrics import Metrics
+from vistune.serve.pictures.media import Media
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import Shelf
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 
 from vistune import __version__, console
-from vistune.serve.guard import Guard
+from vistune.serve.door.guard import Guard
+from vistune.serve.door.listening import Listening, listen, many_files
+from vistune.serve.door.options import Options, address, bound, guarded, reached
 from vistune.serve.limits import Limits
-from vistune.serve.listening import Listening, listen, many_files
 from vistune.serve.llava.registering import register
 from vistune.serve.llava.status import Status
 from vistune.serve.metrics import Metrics
-from vistune.serve.options import Options, address, bound, guarded, reached
 from vistune.serve.workers.crew import Crew
 from vistune.serve.workers.front import Front
 from vistune.serve.workers.places import places

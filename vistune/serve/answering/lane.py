@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from vistune.decoding import Shown
-from vistune.serve.drawing import Draw
-from vistune.serve.seen import Key
+from vistune.serve.answering.drawing import Draw
+from vistune.serve.answering.seen import Key
 from vistune.serve.work import Ended, Piece, Work
 from vistune.speech import Speech
 

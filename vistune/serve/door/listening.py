@@ -22,8 +22,8 @@ from typing import Any
 import uvicorn
 
 from vistune import console
-from vistune.serve.connection import SPARE, Connection
-from vistune.serve.guard import Guard
+from vistune.serve.door.connection import SPARE, Connection
+from vistune.serve.door.guard import Guard
 
 BACKLOG = 2048
 KEPT = 65.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vistune.samples import IMAGE_MARK, Message
+from vistune.serve.interface.wire import Asked, ImagePart, Turn, wrong
 from vistune.serve.limits import Limits
-from vistune.serve.wire import Asked, ImagePart, Turn, wrong
 
 
 def links(asked: Asked) -> list[tuple[str, str]]:

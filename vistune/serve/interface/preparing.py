@@ -15,7 +15,7 @@ from vistune.chat import IMAGE_END, IMAGE_START, ChatError
 from vistune.decoding import Settings, Shown, asked, laid, shown
 from vistune.models.load import Loaded
 from vistune.samples import IMAGE_MARK, Message
-from vistune.serve.media import Taken
+from vistune.serve.pictures.media import Taken
 from vistune.serve.refused import Refused
 from vistune.serve.work import Work
 

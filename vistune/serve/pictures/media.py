@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from vistune.images import ImageError, image_size
 from vistune.samples import Image
-from vistune.serve.fetching import Fetcher, Trip
-from vistune.serve.headers import header
 from vistune.serve.limits import Limits
+from vistune.serve.pictures.fetching import Fetcher, Trip
+from vistune.serve.pictures.headers import header
 from vistune.serve.refused import Refused
 
 TYPES = ("png", "jpeg", "jpg", "webp", "gif")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from vistune import console
-from vistune.serve.budget import Cost
-from vistune.serve.drawing import Drawing, Drawn, draw
-from vistune.serve.failing import explained, free_memory, no_memory, told
-from vistune.serve.lane import Lane, Ticket
+from vistune.serve.answering.budget import Cost
+from vistune.serve.answering.drawing import Drawing, Drawn, draw
+from vistune.serve.answering.failing import explained, free_memory, no_memory, told
+from vistune.serve.answering.lane import Lane, Ticket
+from vistune.serve.answering.reading import Reading
 from vistune.serve.limits import Limits
-from vistune.serve.reading import Reading
 from vistune.serve.refused import Refused
 from vistune.serve.work import Ended, Piece, State
 from vistune.speech import Speech, Tongue
@@ -30,7 +30,7 @@ IDLE = 10
 
 
 class Scheduler:
-    """`reader`: see `vistune.serve.reader`. `kv_tokens`: tokens of keys and values, all rows together. `clock`:
+    """`reader`: a `Reader`. `kv_tokens`: tokens of keys and values, all rows together. `clock`:
     seconds, read when all that was asked of the device is done. `failures`: steps that failed since one did not."""
 
     def __init__(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vistune.serve.budget import Cost, together
-from vistune.serve.failing import free_memory
-from vistune.serve.lane import Lane, Sight, Ticket
-from vistune.serve.seen import Seen
+from vistune.serve.answering.budget import Cost, together
+from vistune.serve.answering.failing import free_memory
+from vistune.serve.answering.lane import Lane, Sight, Ticket
+from vistune.serve.answering.seen import Seen
 
 LEAST = 16
 """Tokens of the smallest piece of a prompt: below it a call costs what this costs."""
@@ -25,7 +25,7 @@ small beside them."""
 
 
 class Reading:
-    """`reader`: see `vistune.serve.reader`. `clock`: seconds, read when all that was asked of the device is done.
+    """`reader`: a `Reader`. `clock`: seconds, read when all that was asked of the device is done.
     `begin(lane, tickets, logits)` is called for those that are read to their ends."""
 
     def __init__(

@@ -21,16 +21,16 @@ from starlette.responses import Response
 
 from vistune import samples
 from vistune.decoding import Settings
-from vistune.serve import turns, wire
-from vistune.serve.completions import Answer, Desk, Gone, respond, unless_gone
-from vistune.serve.faults import handle_errors
+from vistune.serve.interface import turns, wire
+from vistune.serve.interface.completions import Answer, Desk, Gone, respond, unless_gone
+from vistune.serve.interface.faults import handle_errors
+from vistune.serve.interface.preparing import Order, prepare
+from vistune.serve.interface.wording import Wording
 from vistune.serve.limits import Limits
-from vistune.serve.media import Media, Taken
 from vistune.serve.metrics import Metrics
-from vistune.serve.preparing import Order, prepare
+from vistune.serve.pictures.media import Media, Taken
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import Served, Shelf
-from vistune.serve.wording import Wording
 from vistune.serve.work import Work
 
 _HEADERS = {"Cache-Control": "no-store"}

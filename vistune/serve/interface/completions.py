@@ -21,12 +21,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from vistune.serve.lane import Ticket
+from vistune.serve.answering.lane import Ticket
+from vistune.serve.interface.wording import WAITING, Wording, event
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import Metrics
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import Served
-from vistune.serve.wording import WAITING, Wording, event
 from vistune.serve.work import Ended, Piece, Work
 
 HELD_BACK = 5.0

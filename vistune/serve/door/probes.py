@@ -11,8 +11,8 @@ from collections.abc import Callable
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from vistune.serve.exchange import Receive, Scope, Send
-from vistune.serve.hosts import local
+from vistune.serve.door.exchange import Receive, Scope, Send
+from vistune.serve.door.hosts import local
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import CONTENT_TYPE, Metrics
 from vistune.serve.refused import Refused

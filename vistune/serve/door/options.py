@@ -9,13 +9,13 @@ import getpass
 import socket
 from dataclasses import dataclass
 
-from vistune.serve import hosts
-from vistune.serve.exchange import App
-from vistune.serve.guard import Guard
-from vistune.serve.keys import Keys
+from vistune.serve.door import hosts
+from vistune.serve.door.exchange import App
+from vistune.serve.door.guard import Guard
+from vistune.serve.door.keys import Keys
+from vistune.serve.door.lines import Lines
+from vistune.serve.door.listening import on_file, on_port
 from vistune.serve.limits import Limits
-from vistune.serve.lines import Lines
-from vistune.serve.listening import on_file, on_port
 from vistune.serve.metrics import Metrics
 
 

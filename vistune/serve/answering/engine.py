@@ -18,13 +18,13 @@ import torch
 
 from vistune import console
 from vistune.models.load import Loaded
-from vistune.serve.drawing import Drawing
-from vistune.serve.failing import explained
-from vistune.serve.lane import Hear, Ticket
+from vistune.serve.answering.drawing import Drawing
+from vistune.serve.answering.failing import explained
+from vistune.serve.answering.lane import Hear, Ticket
+from vistune.serve.answering.reader import Reader
+from vistune.serve.answering.scheduler import Scheduler
 from vistune.serve.limits import Limits
-from vistune.serve.reader import Reader
 from vistune.serve.refused import Refused
-from vistune.serve.scheduler import Scheduler
 from vistune.serve.work import State, Work
 from vistune.speech import Tongue
 

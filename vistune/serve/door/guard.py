@@ -15,9 +15,9 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from vistune import console
-from vistune.serve import hosts
-from vistune.serve.exchange import App, Exchange, Held, Receive, Scope, Send, too_large
-from vistune.serve.keys import Keys
+from vistune.serve.door import hosts
+from vistune.serve.door.exchange import App, Exchange, Held, Receive, Scope, Send, too_large
+from vistune.serve.door.keys import Keys
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import Metrics
 from vistune.serve.refused import Refused

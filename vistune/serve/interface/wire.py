@@ -21,7 +21,7 @@ from pydantic import (
     field_validator,
 )
 
-from vistune.serve import bodies
+from vistune.serve.interface import bodies
 from vistune.serve.refused import Refused
 
 THREAD_BYTES = 16_000

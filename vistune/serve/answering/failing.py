@@ -10,7 +10,7 @@ import traceback
 import torch
 
 from vistune import console
-from vistune.serve.lane import Ticket
+from vistune.serve.answering.lane import Ticket
 from vistune.serve.refused import Refused
 from vistune.serve.work import Ended, Piece
 
