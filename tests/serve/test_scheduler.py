@@ -142,6 +142,18 @@ def test_identical_pictures_are_encoded_once_also_for_those_who_wait():
     assert one.state().pictures_held == 2 * 3 * 4
 
 
+def test_a_picture_that_is_remembered_is_not_encoded_behind_one_that_is_not():
+    reader = ToyReader()
+    one = scheduler(reader)
+    handed_in(one, work([PICTURE, 1], 2, [1]))
+    run(one)
+    for number in (2, 1, 3):
+        handed_in(one, work([PICTURE, 1], 2, [number]))
+    run(one)
+    assert sorted(chain(*reader.seen)) == [1, 2, 3]
+    assert (one.state().pictures_seen, one.state().pictures_again) == (3, 1)
+
+
 def test_nothing_is_remembered_where_nothing_may_be_but_who_is_here_shares():
     reader = ToyReader()
     one = scheduler(reader, pictures_held=0)

@@ -127,9 +127,10 @@ class Reading:
         return spent
 
     def _missing(self, lane: Lane) -> Iterator[Sight]:
-        """What is to be seen, in the order in which requests came, each picture once."""
+        """What is to be seen, in the order in which requests came, each picture once; never what is remembered."""
         found: set[Any] = set()
-        for one in (one for ticket in lane.reading for one in ticket.sights):
+        blind = [ticket for ticket in lane.reading if self._blind(ticket)]
+        for one in (one for ticket in blind for one in ticket.sights):
             name = one.key if one.key[1] else id(one)
             if one.features is None and name not in found:
                 found.add(name)
