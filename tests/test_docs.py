@@ -181,5 +181,7 @@ def test_both_readmes_show_the_same_commands_and_recipe() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
     assert blocks(english, "toml") == blocks(chinese, "toml")
     assert blocks(english, "text")[1:] == blocks(chinese, "text")[1:]
-    links = [set(re.findall(r"\]\((docs/[^)]+)\)", page.read_text(encoding="utf-8"))) for page in (english, chinese)]
+    links = [
+        set(re.findall(r"\]\((docs/[^)]+\.md)\)", page.read_text(encoding="utf-8"))) for page in (english, chinese)
+    ]
     assert links[0] == links[1]

@@ -560,6 +560,7 @@ ROW = st.dictionaries(st.text(max_size=3), NODE, max_size=3)
     st.booleans(),
     st.sampled_from([None, 1]),
 )
+@pytest.mark.slow
 def test_members_are_found_as_json_finds_them(tmp_path_factory, around, rows, members, ascii, indent):
     path = tmp_path_factory.getbasetemp() / "members.json"
     whole = {**around, "rows": rows, "z": [{"rows": rows}, {"rows": []}, {"other": rows}], "named": members}

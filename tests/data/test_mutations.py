@@ -46,6 +46,7 @@ def judge(report, made: Mutated) -> None:
     assert report.summary["rows"] == len(made.rows) and report.summary["set_aside"] == len(errors)
 
 
+@pytest.mark.slow
 def test_five_hundred_through_the_check(tmp_path):
     made = mutated(tmp_path, 500)
     assert {name for name, _ in made.rows} >= {name for name, _, _ in PICTURES + ROWS} and len(made.rows) == 500

@@ -94,6 +94,7 @@ def test_a_perfect_packing_is_found():
     assert len(pack(np.concatenate(cuts), 2048)) <= 303
 
 
+@pytest.mark.slow
 def test_packs_of_llavas_mixture_are_full():
     """8192: 98 % and more. 2048: within a point of an offline packer, which cannot do much with 576 a picture."""
     lengths, images = mix(20_000)

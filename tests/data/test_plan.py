@@ -312,6 +312,7 @@ def test_very_many_samples_are_estimated_from_spread_steps(monkeypatch):
         assert facts[key] == pytest.approx(exact[key], rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_index_of_millions_is_not_held(tmp_path):
     """Step k of 10 million rows in little time, and nothing of the size of the data in memory."""
     rows = 10_000_000

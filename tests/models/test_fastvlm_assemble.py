@@ -91,6 +91,7 @@ def test_half_precision_is_asked_for(tmp_path):
     assert assemble_fastvlm.said_resolution(tmp_path / "out") == 512
 
 
+@pytest.mark.slow
 def test_the_verb_joins_and_proves(tmp_path):
     """As `vistune assemble` does: the tower's folder decides that it becomes a FastVLM."""
     for form, source in towers(tmp_path).items():

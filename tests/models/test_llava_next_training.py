@@ -93,6 +93,7 @@ def test_a_picture_that_breaks_later_keeps_its_place(start, tmp_path):
     assert summary["steps"] == 6 and len(list((tmp_path / "run").glob("quarantine.jsonl"))) == 1
 
 
+@pytest.mark.slow
 def test_a_stage_ends_in_a_folder_that_opens_and_answers(start, data, tmp_path):
     one = recipe(start, data, tmp_path / "run", train={"steps": 4})
     stage.run(one)

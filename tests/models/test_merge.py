@@ -86,6 +86,7 @@ def test_an_earlier_step(run, start):
         merge(run, step=7)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_short(start, data, tmp_path, monkeypatch):
     """Only checkpoints are left; what they hold is merged, and the run may still go on."""
     from vistune.train import loop

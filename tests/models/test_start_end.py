@@ -119,6 +119,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", ["linear", *(pytest.param(one, marks=pytest.mark.slow) for one in ("scales", "mpt"))])
+@pytest.mark.slow
 def test_a_stage_packed_and_unpacked_has_one_loss_and_its_folder_answers(parts, tmp_path, name):
     language, said = VARIANTS[name]
     assemble(parts / "clip", parts / language, tmp_path / "start", **said)

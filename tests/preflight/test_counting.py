@@ -150,6 +150,7 @@ def test_more_care_takes_less() -> None:
     assert needed(2, parallel={"shard": "zero3"}) > shards[2]
 
 
+@pytest.mark.slow
 def test_longer_packs_take_more() -> None:
     sizes = [parts.memory(subject(), recipe(), micro(count)).peak for count in (1, 2, 4)]
     assert sizes[0] < sizes[1] < sizes[2]

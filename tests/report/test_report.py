@@ -172,6 +172,7 @@ def test_an_index_that_is_of_other_data_is_not_shown(tmp_path: Path) -> None:
     assert found["runs"][0]["data"] is None and not read.of("mixture") and "index of its data" in read.of("remarks")[0]
 
 
+@pytest.mark.slow
 def test_spikes_and_gaps_survive_thinning(tmp_path: Path) -> None:
     run = made_run(tmp_path / "long", steps=2)
     rows = [row(step, 12_000) for step in range(1, 12_001)]

@@ -155,6 +155,7 @@ def test_an_answer_that_was_broken_off_is_no_whole_one(loaded):
         assert "[DONE]" not in post(stage, stream=True).text
 
 
+@pytest.mark.slow
 def test_silence_is_filled_and_has_an_end(loaded, monkeypatch):
     monkeypatch.setattr(completions, "HELD_BACK", 0.05)
     monkeypatch.setattr(completions, "ALIVE", 0.05)

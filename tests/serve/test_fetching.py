@@ -347,6 +347,7 @@ def dripping(start: bytes, host: Host) -> Answer:
     [b"", OK + b"X-", OK + b"Content-Length: 1000\r\n\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\nffff\r\n"],
     ids=["status", "header", "body", "chunk"],
 )
+@pytest.mark.slow
 def test_a_drip_is_cut(host: Host, start: bytes) -> None:
     host.answers["/drip"] = dripping(start, host)
     began = time.monotonic()

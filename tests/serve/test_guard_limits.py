@@ -87,6 +87,7 @@ def test_a_sender_that_stalls(small: Place, length: str) -> None:
         assert time.monotonic() - began > STALL * 0.9 and closed(wire)
 
 
+@pytest.mark.slow
 def test_a_sender_that_drips_is_bounded_by_the_deadline() -> None:
     with guarded(stall=0.3, deadline=0.6) as place, place.connect() as wire:
         wire.sendall(post(place, "Content-Length: 1000"))
@@ -165,6 +166,7 @@ def test_a_reader_that_takes_nothing_is_dropped(small: Place) -> None:
     assert until(lambda: small.guard.open == 0)
 
 
+@pytest.mark.slow
 def test_a_reader_that_takes_is_not(small: Place) -> None:
     with small.connect() as wire:
         wire.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -193,6 +195,7 @@ def test_a_head_that_does_not_come(small: Place) -> None:
         assert closed(silent) and closed(slow)
 
 
+@pytest.mark.slow
 def test_a_second_head_that_does_not_come(small: Place) -> None:
     with small.connect() as wire:
         wire.sendall(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -205,6 +208,7 @@ def test_a_second_head_that_does_not_come(small: Place) -> None:
         assert closed(wire)
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_long_is_waited_for(small: Place) -> None:
     small.small.gate.clear()
     with small.connect() as wire:

@@ -138,6 +138,7 @@ def test_what_leaves_no_room_is_said_in_the_reference_s_words(server: Serving) -
         assert page.status == 200
 
 
+@pytest.mark.slow
 def test_settings_are_read_as_the_reference_reads_them(server: Serving) -> None:
     page = Page(server.url)
     greedy = page.ask("llava-tiny", templated("What?"), [])
@@ -238,6 +239,7 @@ class OldWorker:
         return HTTP.post(f"{server}/register_worker", json=said)
 
 
+@pytest.mark.slow
 def test_an_old_worker_registers_and_is_asked_through_us(server: Serving) -> None:
     page, old = Page(server.url), OldWorker("llava-v1.5-7b")
     with listening(old.app) as at:
@@ -336,6 +338,7 @@ class OldController:
             return {"exist": said["worker_name"] in self.known}
 
 
+@pytest.mark.slow
 def test_we_register_with_an_old_controller_and_again_when_it_forgets_us() -> None:
     old = OldController()
     with listening(old.app) as at:

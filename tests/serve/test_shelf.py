@@ -140,6 +140,7 @@ def test_an_adapter_that_does_not_fit_stops_the_start(start, tmp_path):
         opened(start, adapters=[f"x={start}"])
 
 
+@pytest.mark.slow
 def test_llavas_pairs_on_a_whole_llava_and_with_a_language_model(tmp_path):
     """Adapters on the one, in the place of models too; with the other each is a model of its own."""
     pair, base = copied("llava-lora-mlp2x_gelu", tmp_path), ORIGINAL / "llava-mlp2x_gelu"
@@ -356,6 +357,7 @@ def asked(url, name, text, picture):
     return answer["choices"][0]["message"]["content"]
 
 
+@pytest.mark.slow
 def test_two_adapters_and_their_model_asked_at_once_answer_as_merged(start, adapters, tmp_path):
     """Over HTTP, with pictures and without; one of the adapters has a connector of its own."""
     folders = {"stage0": start}

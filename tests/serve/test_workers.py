@@ -320,6 +320,7 @@ def test_a_client_that_goes_while_it_sends_asks_nobody(crew: Team) -> None:
     assert not any(stub.asked for stub in crew.stubs)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_slows_the_worker(crew: Team) -> None:
     with crew.client.stream("GET", "/flood") as answer:
         pieces = answer.iter_raw(1000)

@@ -104,6 +104,7 @@ def test_one_that_dies_is_started_again_and_all_end_together(folder: Path, monke
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_it_is_tried_again_and_again_with_growing_pauses(folder: Path) -> None:
     async def story() -> None:
         crew, started = made(folder, 1)

@@ -203,6 +203,7 @@ def test_a_run_that_stopped_before_its_evaluation_makes_it_up(
     assert summary["best"]["step"] == whole[1]["best"]["step"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(start, data, held, tmp_path, monkeypatch, capsys):
     """Also off the steps of [checkpoint], beside the newest, and after a run was taken up again."""
     values = iter([3.0, 1.0, 2.0, float("nan"), 1.5, 0.5])

@@ -47,6 +47,7 @@ def same(one, other):
     assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
+@pytest.mark.slow
 def test_it_opens_as_the_model_that_it_is(run, made, tmp_path):
     folder, _ = run
     two, four = (folder / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
