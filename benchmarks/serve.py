@@ -55,6 +55,9 @@ class Answer:
     first: float
     """Seconds to the first text."""
     took: float
+    broken: bool
+    """Whether the server ended it with an error: the stock one does at bytes that are no character, which a model of
+    random weights says now and then."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,7 +191,7 @@ async def load(server: Server, connections: int, pictures: Sequence[str], asked:
         "first_p95": firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))],
         "took_p50": statistics.median(one.took for one in answers),
         "memory": server.process.memory_info().rss,
-        "texts": [one.text for one in answers],
+        "texts": [None if one.broken else one.text for one in answers],
     }
 
 
@@ -214,7 +217,7 @@ async def answer(client: httpx.AsyncClient, server: Server, picture: str, words:
     }
     if server.name.startswith("vistune"):  # the stock server says how many there were without being asked
         body["stream_options"] = {"include_usage": True}
-    text, count, first, began = "", 0, 0.0, time.perf_counter()
+    text, count, first, broken, began = "", 0, 0.0, False, time.perf_counter()
     async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
         if reply.status_code != 200:
             raise SystemExit(f"{server.name}: {reply.status_code}: {(await reply.aread())[:500]!r}")
@@ -222,12 +225,13 @@ async def answer(client: httpx.AsyncClient, server: Server, picture: str, words:
             if not line.startswith("data: {"):
                 continue
             said = json.loads(line.removeprefix("data: "))
+            broken = broken or "error" in said
             count = (said.get("usage") or {}).get("completion_tokens", count)
             piece = "".join(one["delta"].get("content") or "" for one in said.get("choices", []))
             first = first or (time.perf_counter() - began if piece else 0.0)
             text += piece
     took = time.perf_counter() - began
-    return Answer(text.strip(), count, first or took, took)
+    return Answer(text.strip(), count, first or took, took, broken)
 
 
 def summary(runs: list[dict[str, Any]], connections: int) -> dict[str, Any]:
@@ -242,6 +246,7 @@ def summary(runs: list[dict[str, Any]], connections: int) -> dict[str, Any]:
             "requests_per_s": statistics.median(run["requests"] / run["seconds"] for run in found),
             "tokens_per_s": statistics.median(run["tokens"] / run["seconds"] for run in found),
             "tokens_per_cpu_s": statistics.median(run["tokens"] / run["cpu_seconds"] for run in found),
+            "broken": sum(text is None for run in found for text in run["texts"]),
         }
         for name, found in by.items()
     }
@@ -249,7 +254,7 @@ def summary(runs: list[dict[str, Any]], connections: int) -> dict[str, Any]:
     pairs = list(zip(theirs, mine, strict=True))
     factors = [a["seconds"] / b["seconds"] for a, b in pairs]
     firsts = [b["first_p95"] / a["first_p95"] for a, b in pairs]
-    same = [x == y for a, b in pairs for x, y in zip(a["texts"], b["texts"], strict=True)]
+    both = [(x, y) for a, b in pairs for x, y in zip(a["texts"], b["texts"], strict=True) if None not in (x, y)]
     return {
         "connections": connections,
         "rows": rows,
@@ -257,8 +262,8 @@ def summary(runs: list[dict[str, Any]], connections: int) -> dict[str, Any]:
         "throughput_range": [min(factors), max(factors)],
         "first_p95": statistics.median(firsts),
         "first_p95_range": [min(firsts), max(firsts)],
-        "same_texts": sum(same),
-        "texts": len(same),
+        "same_texts": sum(x == y for x, y in both),
+        "texts": len(both),
     }
 
 
@@ -285,6 +290,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"- {one['connections']} connections: {one['throughput']:.2f} times the throughput ({low:.2f} to "
             f"{high:.2f}), {one['first_p95']:.2f} of the time to the first text, p95 ({least:.2f} to "
             f"{most:.2f}); the same texts in {one['same_texts']} of {one['texts']} answers."
+            + "".join(f" {name} broke {row['broken']} off." for name, row in one["rows"].items() if row["broken"])
         )
     return "\n".join(lines) + "\n"
 
