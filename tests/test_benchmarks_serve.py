@@ -130,3 +130,19 @@ def test_a_soak_of_seconds_ends_well(tmp_path):
     failed = [one["line"] for one in result["verdict"] if not one["holds"] and "/health" not in one["line"]]
     assert not failed, result["escaped"]
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("| 200 |")
+
+
+@pytest.mark.slow
+def test_both_servers_are_measured_and_say_the_same(tmp_path):
+    out = tmp_path / "serve.json"
+    words = ["--quick", "--threads", "1", "--data", str(tmp_path / "data"), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "serve.py"), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = json.loads(out.read_text())["summary"]
+    assert found["connections"] == 2 and found["same_texts"] == found["texts"] == 2
+    assert all(row["tokens_per_s"] > 0 for row in found["rows"].values())
