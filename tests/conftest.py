@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
 import torch
 
 from tests.made import made_data, stage0
 from vistune import console
+
+# A process group that an earlier test left as garbage is ended by joining its threads. In a process that is forked from
+# this one they are not there, and joining them may wait for ever: what came along is not collected.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_addoption(parser):
