@@ -160,7 +160,7 @@ def test_silence_is_filled_and_has_an_end(loaded, monkeypatch):
     monkeypatch.setattr(completions, "HELD_BACK", 0.05)
     monkeypatch.setattr(completions, "ALIVE", 0.05)
     monkeypatch.setattr(completions, "GRACE", 0.0)
-    with staged(loaded, waits(), deadline=0.5) as stage:
+    with staged(loaded, waits(), deadline=3.0) as stage:
         text = post(stage, stream=True).text
         assert ": waiting\n\n" in text and json.loads(events(text)[-1])["error"]["code"] == "deadline"
         assert error_of(post(stage), 504)["code"] == "deadline"
