@@ -75,7 +75,8 @@ class _Opening:
             shelf.start()
             self._guard.app = inside(shelf, self._guard, self._options, self._shown)
             self.shelf = shelf
-            self._said(shelf)
+            if not self._guard.draining:
+                self._said(shelf)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread, when the server has ended
             self.error = error
             self.server.should_exit = True
@@ -99,7 +100,7 @@ def run(open_shelf: Callable[[], Shelf], limits: Limits, options: Options) -> No
     console.say(f"reading the models; {address(options, place)}/health answers already")
     opening.thread.start()
     listening.listen(opening.server, place)
-    if opening.error is not None:
+    if opening.error is not None and not guard.draining:  # who was told to end needs no model any more
         raise opening.error
     if opening.thread.is_alive() or opening.server.stuck:
         leave()
