@@ -201,7 +201,7 @@ def _why_not(url: str, fetches: bool) -> str:
         return f"an empty address; {taken}"
     scheme = _SCHEME.match(url)
     if not scheme:
-        return f"this is neither; {taken}" if fetches else f"this is none; {taken}"
+        return f"this is neither; {taken}" if fetches else f"this is no data URL; {taken}"
     name = scheme[1].lower()
     if name == "data":
         return f"a data URL of another type, or not in base64, or with parameters; {taken}"
