@@ -16,9 +16,10 @@ from threading import Lock
 import torch
 
 from vistune import console, images
-from vistune.decoding import Prompt, Settings, Shown, asked, decode, laid, marked, shown, spoken
+from vistune.decoding import Prompt, Settings, Shown, asked, decode, laid, marked, shown
 from vistune.models.load import Loaded
 from vistune.samples import IMAGE_ID, Image, Message
+from vistune.speech import spoken
 
 Question = tuple[str, Sequence[Image]]
 """A question with its images. Marks in the text say where they go; without marks they come first."""

@@ -19,23 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from vistune import chat, images
 from vistune.models.load import Loaded
 from vistune.samples import IMAGE_ID, IMAGE_MARK, Image, Message
-from vistune.speech import spoken, stop_ids
-
-__all__ = [
-    "New",
-    "Prompt",
-    "Settings",
-    "Shown",
-    "asked",
-    "decode",
-    "laid",
-    "marked",
-    "prompt",
-    "shown",
-    "spoken",
-    "stop_ids",
-    "together",
-]
+from vistune.speech import stop_ids
 
 PATIENCE = 16
 """Steps between looks at whether half of the rows have ended; those are then taken out of the batch."""

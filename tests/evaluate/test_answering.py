@@ -10,12 +10,13 @@ import torch
 from tests.each_family import each_family, folders_in
 from tests.made import noise_in
 from vistune import asking, decoding
-from vistune.decoding import PATIENCE, Prompt, Settings, decode, marked, prompt, stop_ids
+from vistune.decoding import PATIENCE, Prompt, Settings, decode, marked, prompt
 from vistune.evaluate.answering import Local, Said, is_near_tie
 from vistune.evaluate.items import Question
 from vistune.generate import Chat
 from vistune.models.load import load
 from vistune.samples import Image, Message
+from vistune.speech import stop_ids
 
 TOKENS = 24
 SIZES = [(70, 40), (56, 56), (30, 90), (200, 64)]

@@ -15,12 +15,13 @@ from starlette.responses import StreamingResponse
 
 from tests.made import stage0
 from tests.serve.served import Serving, listening, picture, serving, until
-from vistune.decoding import Settings, decode, laid, shown, spoken
+from vistune.decoding import Settings, decode, laid, shown
 from vistune.models.load import load
 from vistune.samples import IMAGE_MARK, Image
 from vistune.serve.llava import answering, routes
 from vistune.serve.llava.registering import Registering
 from vistune.serve.llava.status import Status
+from vistune.speech import spoken
 
 PICTURES = [picture(0), picture(1, (56, 40))]
 HTTP = httpx.Client(timeout=60, verify=False)

@@ -10,10 +10,11 @@ import openai
 import pytest
 
 from tests.serve.served import picture, serving, shows, until
-from vistune.decoding import Settings, decode, prompt, spoken
+from vistune.decoding import Settings, decode, prompt
 from vistune.generate import Chat
 from vistune.models.load import load
 from vistune.samples import IMAGE_MARK, Image, Message
+from vistune.speech import spoken
 
 KEY = "sk-tests"
 SHOWN = [picture(0), picture(1, (56, 56)), picture(2, (30, 90))]

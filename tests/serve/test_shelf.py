@@ -17,7 +17,7 @@ from tests.made import noise_in
 from tests.models.test_adapted import logits, near, trained
 from tests.original_llava import BASE, ORIGINAL, copied
 from tests.serve.served import serving, until
-from vistune.decoding import Settings, decode, marked, prompt, spoken
+from vistune.decoding import Settings, decode, marked, prompt
 from vistune.models.load import load
 from vistune.samples import Message
 from vistune.serve import watched
@@ -25,6 +25,7 @@ from vistune.serve.answering import engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
 from vistune.serve.shelf import Shelf, open_shelf
+from vistune.speech import spoken
 from vistune.train.keeping.merge import merge
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from lmms_eval.api.model import lmms
 
-from vistune import console, decoding, generate, ranks
+from vistune import console, decoding, generate, ranks, speech
 from vistune.evaluate import likelihood
 from vistune.evaluate.lmms import Asked, Manner, asked, conversation, cut, manner
 
@@ -129,7 +129,7 @@ class _Model(lmms):
                 for some in _windows(prompts, self.batch_size):
                     new = decoding.decode(self.loaded, [one for _, one in some], how.settings)
                     for (i, _), said in zip(some, new, strict=True):
-                        found[i] = cut(decoding.spoken(self.loaded, said.ids), how.stops)
+                        found[i] = cut(speech.spoken(self.loaded, said.ids), how.stops)
                     bar.advance(task, len(some))
         return found
 

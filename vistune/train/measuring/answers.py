@@ -13,7 +13,7 @@ from threading import Event
 
 import PIL.Image
 
-from vistune import decoding, ranks
+from vistune import decoding, ranks, speech
 from vistune.decoding import Prompt, Settings, marked
 from vistune.evaluate.answering import Local, Said
 from vistune.evaluate.items import Question
@@ -91,7 +91,7 @@ def _round(
     new = decoding.decode(loaded, prompts, settings, told=over, alike=True)
     for position, one in zip(made, new, strict=False):  # of who looks on there is one too many
         margin = one.margin if math.isfinite(one.margin) else None
-        said[position] = Said(text=decoding.spoken(loaded, one.ids), tokens=len(one.ids), margin=margin)
+        said[position] = Said(text=speech.spoken(loaded, one.ids), tokens=len(one.ids), margin=margin)
     return said
 
 
