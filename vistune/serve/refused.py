@@ -5,6 +5,7 @@ Knows nothing of what was asked; no sentence repeats a request's contents.
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -25,3 +26,15 @@ class Refused(ValueError):
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         said = {"message": self.message, "type": kind, "param": self.param or None, "code": self.code or None}
         return {"error": said}
+
+
+def described(error: BaseException) -> str:
+    """A fault of our own as the log has it: the exception's type, those behind it, and where it came from, line by
+    line. What it says stays unsaid, since that may hold what was asked."""
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    behind: BaseException | None = error
+    names: list[str] = []
+    while behind is not None and len(names) < 8:
+        names.append(type(behind).__name__)
+        behind = behind.__cause__ or behind.__context__
+    return "\n  ".join([" < ".join(names), *frames])

@@ -49,6 +49,7 @@ def inside(shelf: Shelf, guard: Guard, options: Options, more: Sequence[APIRoute
     """Everything that a guard lets requests come to."""
     limits, metrics, media = guard.limits, guard.metrics, Media(guard.limits)
     app = api.create(shelf, limits, metrics, media)
+    app.state.media = media
     routers = [probes.router(shelf, limits, metrics, lambda: guard.draining), *more]
     if options.llava or options.llava_controller:
         how, hosts, at = options.llava_dispatch, options.llava_allow, options.llava_address
@@ -64,6 +65,7 @@ class _Opening:
     def __init__(self, open_shelf: Callable[[], Shelf], guard: Guard, options: Options, said: Callable[[Shelf], None]):
         self.shelf: Shelf | None = None
         self.error: BaseException | None = None
+        self.media: Media | None = None
         self.server = listening.Listening(guard, self.stop, lambda: self.shelf is not None, options.uds)
         self._open, self._guard, self._options, self._said = open_shelf, guard, options, said
         self._shown = shown(guard.limits, options)
@@ -73,7 +75,8 @@ class _Opening:
         try:
             shelf = self._open()
             shelf.start()
-            self._guard.app = inside(shelf, self._guard, self._options, self._shown)
+            app = inside(shelf, self._guard, self._options, self._shown)
+            self._guard.app, self.media = app, app.state.media
             self.shelf = shelf
             if not self._guard.draining:
                 self._said(shelf)
@@ -100,6 +103,8 @@ def run(open_shelf: Callable[[], Shelf], limits: Limits, options: Options) -> No
     console.say(f"reading the models; {address(options, place)}/health answers already")
     opening.thread.start()
     listening.listen(opening.server, place)
+    if opening.media is not None:
+        opening.media.close()  # or pictures that nobody waits for would be read still
     if opening.error is not None and not guard.draining:  # who was told to end needs no model any more
         raise opening.error
     if opening.thread.is_alive() or opening.server.stuck:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -20,7 +18,7 @@ from vistune.serve.door.exchange import App, Exchange, Held, Receive, Scope, Sen
 from vistune.serve.door.keys import Keys
 from vistune.serve.limits import Limits
 from vistune.serve.metrics import Metrics
-from vistune.serve.refused import Refused
+from vistune.serve.refused import Refused, described
 
 HEALTH = "/health"
 PROBES = (HEALTH, "/ready", "/metrics")
@@ -87,7 +85,7 @@ class Guard:
                 raise
             refusal = Refused(503, "the server has stopped", code="stopping")
         except Exception as error:  # noqa: BLE001 - the asker is told, the log too, without what was asked
-            self._explain(error)
+            console.warn(f"a request failed by a fault of the server's: {described(error)}")
             refusal = Refused(500, "the server failed; its log says where", code="internal")
         await self._refuse(scope, exchange, refusal)
 
@@ -141,21 +139,6 @@ class Guard:
         path, model = quote(scope["path"][:120]), exchange.noted.get("model", "")
         named = f" {quote(model[:80], safe='/:=@')}" if model else ""
         self.say(f"{scope['method'][:16]} {path} {status} {seconds:.3f}s {exchange.sent}B{named}")
-
-    def _explain(self, error: Exception) -> None:
-        """Where it happened. An error's own words may repeat what was asked."""
-        names = "".join(f" < {type(one).__name__}" for one in _causes(error))
-        frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)[-8:]))
-        print(f"{frames}error:{names[2:]}", file=sys.stderr, flush=True)
-        console.warn("a request failed by a fault of the server's; the lines above say where")
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and len(found) < 8:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _malformed(scope: Scope, path: str) -> str:

@@ -6,7 +6,6 @@ Knows nothing of what was asked: neither an answer nor the log repeats a request
 from __future__ import annotations
 
 import secrets
-import traceback
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vistune import console
 from vistune.serve.metrics import Metrics
-from vistune.serve.refused import Refused
+from vistune.serve.refused import Refused, described
 
 
 def answered(why: Refused) -> JSONResponse:
@@ -86,9 +85,3 @@ class _Last:
             if not began and scope["type"] == "http":
                 why = Refused(500, f"a fault of the server's own; its log has more under {number}", code="internal")
                 await answered(why)(scope, receive, send)
-
-
-def described(error: BaseException) -> str:
-    """An exception's type, and where it came from, line by line."""
-    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    return "\n  ".join([type(error).__name__, *frames])
