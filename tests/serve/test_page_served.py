@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import pytest
 
 from tests.made import stage0
-from tests.serve.browser import Watched, answered, asked, comes, dropped, started, under
+from tests.serve.browser import Watched, answered, asked, comes, dropped, under
 from tests.serve.served import Serving, listening, serving, until
 
 pytestmark = pytest.mark.slow
@@ -23,19 +21,6 @@ KEY = "a-key-of-more-than-sixteen-letters"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage0(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with started() as found:
-        yield found
-
-
-@pytest.fixture
-def watched(browser: Any) -> Iterator[Watched]:
-    made = Watched(browser)
-    yield made
-    made.close()
 
 
 def png(width: int, height: int) -> bytes:

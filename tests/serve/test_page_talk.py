@@ -7,29 +7,16 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 
-from tests.serve.browser import Stub, Watched, answered, asked, comes, dropped, started, under
+from tests.serve.browser import Stub, Watched, answered, asked, comes, dropped, under
 from tests.serve.served import listening, until
 from vistune.serve.refused import Refused
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with started() as found:
-        yield found
-
-
-@pytest.fixture
-def watched(browser: Any) -> Iterator[Watched]:
-    made = Watched(browser)
-    yield made
-    made.close()
 
 
 def png(width: int = 40, height: int = 30, color: tuple[int, int, int] = (20, 120, 220)) -> bytes:
