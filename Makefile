@@ -29,7 +29,7 @@ quickstart: $(STAMP)
 	@.venv/bin/vistune quickstart $(ARGS)
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	@.venv/bin/ruff check .

@@ -5,8 +5,13 @@ from __future__ import annotations
 import gc
 import os
 
+# Before torch is imported, which reads it once: sums come in one order whoever starts the tests, and a process that is
+# forked from them does not wait for threads that did not come along.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.made import made_data, stage0
 from vistune import console
@@ -15,9 +20,19 @@ from vistune import console
 # this one they are not there, and joining them may wait for ever: what came along is not collected.
 os.register_at_fork(after_in_child=gc.freeze)
 
+# Made-up examples are the same in every run, so that a change fails for what it changed and nobody waits for a slow
+# machine; --explore draws new ones.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--explore", action="store_true", help="draw new examples for the tests that make theirs up")
+
+
+def pytest_configure(config):
+    settings.load_profile("explore" if config.getoption("--explore") else "steady")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -249,6 +249,12 @@ def test_no_file_is_named_after_nothing() -> None:
     assert not [p for p in PACKAGE.rglob("*") if p.is_dir() and p.name in NO_NAMES]
 
 
+def test_no_test_imports_a_conftest() -> None:
+    """Every folder's has the same module's name: which of them is found depends on what ran before."""
+    tests = (ROOT / "tests").rglob("*.py")
+    assert not [path.name for path in tests for _, name in imports(path) if "conftest" in name.split(".")]
+
+
 def swallows(handler: ast.ExceptHandler) -> bool:
     """A handler for everything, or one that does nothing at all."""
     idle = all(

@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, make_language, turns
 
+from tests.data.small import IMAGE_TOKEN, make_language, turns
 from vistune import files
 from vistune.data.batch import Batch, Planned, collate, read_item
 from vistune.data.formats import open_source

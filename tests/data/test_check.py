@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import make_language, turns
 
+from tests.data.small import make_language, turns
 from vistune.data.checking import check as room
 from vistune.data.checking import guarded
 from vistune.data.checking import pictures as check_pictures

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import make_language, turns
 
+from tests.data.small import make_language, turns
 from vistune import files
 from vistune.data.converting.convert import convert
 from vistune.data.formats import open_source

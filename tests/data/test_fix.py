@@ -9,8 +9,8 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from conftest import turns
 
+from tests.data.small import turns
 from vistune.data.checking.check import check
 from vistune.data.checking.fix import fix
 from vistune.data.formats import open_source

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import turns
 from test_annotations import GQA, IMAGE_DATA, INSTANCES, OCRVQA, REFS, REGIONS, TEXTCAPS, VQA_ANNOTATIONS, VQA_QUESTIONS
 
+from tests.data.small import turns
 from tests.data.test_scienceqa_format import PROBLEMS
 from vistune.data.formats import FORMATS, Reader, open_source
 from vistune.data.writers import open_writer

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 
+from tests.data.small import GOLDEN
 from vistune.data.grouping import length_grouped, modality_grouped
 
 SAMPLER = json.loads((GOLDEN / "sampler.json").read_text())

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import make_language, turns
 
+from tests.data.small import make_language, turns
 from vistune.data.formats import open_source
 from vistune.data.growing import Faults
 from vistune.data.index import COLUMNS, _Measure, build_index, open_index

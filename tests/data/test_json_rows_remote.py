@@ -10,10 +10,10 @@ import uuid
 import fsspec
 import numpy as np
 import pytest
-from conftest import turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import turns
 from vistune import files
 from vistune.data.formats import open_source
 from vistune.data.reading import json_rows

@@ -7,10 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import turns
 from vistune.data.formats import FORMATS, open_source, register
 from vistune.data.reading.json_rows import find_rows
 from vistune.data.tokenize import check_marks

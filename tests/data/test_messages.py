@@ -17,8 +17,8 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import turns
 
+from tests.data.small import turns
 from vistune.data.formats import open_source
 from vistune.data.index import build_index
 from vistune.data.reading import tables

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_language
 from test_annotations import (
     GQA,
     IMAGE_DATA,
@@ -21,6 +20,7 @@ from test_annotations import (
     VQA_QUESTIONS,
 )
 
+from tests.data.small import make_language
 from vistune.chat import encode
 from vistune.data.formats import FORMATS, open_source
 from vistune.data.tokenize import check_marks

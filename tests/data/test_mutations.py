@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import make_language
 
+from tests.data.small import make_language
 from tests.mutated import PICTURES, ROWS, Mutated, mutated
 from vistune.data.checking.check import check
 from vistune.data.checking.fix import fix

@@ -7,10 +7,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import make_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import make_index
 from vistune.data.order import Order, Permutation, shuffled
 from vistune.data.shares import Share, samples_each
 

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, make_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import GOLDEN, make_index
 from vistune.data.packing import deal, pack
 from vistune.data.plan import Plan
 

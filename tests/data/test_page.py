@@ -7,8 +7,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import make_language, turns
 
+from tests.data.small import make_language, turns
 from tests.parsed import Page
 from vistune.anyres import AnyresLayout, standard_pinpoints
 from vistune.data.checking.check import check

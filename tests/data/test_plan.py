@@ -11,10 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import make_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import make_index
 from vistune.data import epochs
 from vistune.data import plan as plans
 from vistune.data.grouping import length_grouped, modality_grouped

@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import turns
 from loopback import Page, serving
 
+from tests.data.small import turns
 from vistune.data.fetching import archives, unpack
 from vistune.data.fetching.archives import DATASETS, HUB, DataSet, Part
 from vistune.data.fetching.download import Patience

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, IMAGE_TOKEN, make_language, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import GOLDEN, IMAGE_TOKEN, make_language, turns
 from vistune.chat import encode
 from vistune.data.formats import open_source
 from vistune.data.tokenize import tokenize

@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from conftest import make_language
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.small import make_language
 from vistune.data.tokenize import check_marks, tokenize
 from vistune.data.transforms import TRANSFORMS, apply, build, register
 from vistune.data.transforms.choose import DROPS, Reason

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.evaluate.openai_server import serving
@@ -271,5 +271,6 @@ def test_any_reply_is_read_or_not(reply):
 
 
 @given(st.floats(0, 1), st.text())
+@example(0.0, "%")
 def test_a_number_is_read_whatever_follows(grade, more):
     assert parse_grade(f"{grade!r}\n{more}") == grade

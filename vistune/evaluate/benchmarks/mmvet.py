@@ -177,7 +177,8 @@ class MMVet(Judged):
 def parse_grade(reply: str) -> float | None:
     """The number from 0 to 1 that a reply begins with, after a label of its own if it has one; None for anything
     else: 8, 1 / 10 and a sentence are no grades."""
-    words = LABEL.sub("", reply.replace("|", " ").strip()).split()
+    lines = LABEL.sub("", reply.replace("|", " ").strip()).strip().splitlines()
+    words = lines[0].split() if lines else []
     word = words[0].strip("*`\"',;").rstrip(".") if words and words[1:2] not in OF_ANOTHER_SCALE else ""
     try:
         grade = float(word)
