@@ -4,9 +4,11 @@
     python benchmarks/serve.py --size full         a model of 9 million parameters, pictures of 256 tokens
     python benchmarks/serve.py --quick             a smoke test: no figure of it means anything
 
-Every connection asks about a picture of its own, streaming and greedy, and asks again when its answer has ended. The
-contenders are asked the same in the same order, take turns round by round, and one rests while the other works. Medians
-over the rounds, and what they said side by side, go to `benchmarks/results/serve_<size>.json` and `.md` (`--out`).
+Every connection asks about a picture of its own, streaming and greedy, and asks again when its answer has ended. No
+picture is ever shown again in a later round: what a server remembers of one is of no use to it here (serve_talk.py is
+about that). The contenders are asked the same in the same order, take turns round by round, and one rests while the
+other works. Medians over the rounds, and what they said side by side, go to `benchmarks/results/serve_<size>.json` and
+`.md` (`--out`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import io
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -30,6 +34,7 @@ from typing import Any
 
 import httpx
 import made_data
+import PIL.Image
 import psutil
 from measure import machine
 
@@ -86,12 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
     made = made_data.make(asked.data or place / "data", SIZES[asked.size])
-    pictures = [data_url(path) for path in sorted(made.images.rglob("*.jpg"))[:64]]
+    paths = sorted(made.images.rglob("*.jpg"))[:64]
     runs: list[dict[str, Any]] = []
     with ExitStack() as up:
         servers = [up.enter_context(one(made.model("8k"), asked.threads, place)) for one in (stock, ours)]
         for number in range(asked.rounds + 1):  # the first does not count
             for connections in asked.connections:
+                pictures = [data_url(path, f"{number} {connections}") for path in paths]
                 for server in servers:
                     run = asyncio.run(load(server, connections, pictures, asked))
                     runs += [run | {"round": number}] if number else []
@@ -107,8 +113,12 @@ def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
     }
 
 
-def data_url(path: Path) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+def data_url(path: Path, mark: str = "") -> str:
+    """The picture of this file, with some of its pixels by `mark`, so that it is another one for each."""
+    drawn, few = PIL.Image.open(path).convert("RGB"), random.Random(mark).randbytes(3 * 64)
+    drawn.paste(PIL.Image.frombytes("RGB", (8, 8), few).resize((32, 32)), (0, 0))
+    drawn.save(data := io.BytesIO(), "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 @contextmanager
@@ -120,11 +130,11 @@ def stock(folder: Path, threads: int, place: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def ours(folder: Path, threads: int, place: Path) -> Iterator[Server]:
+def ours(folder: Path, threads: int, place: Path, *more: str, name: str = "vistune serve") -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, "-m", "vistune", "serve", f"bench={folder}", "--template", "v1", "--port", str(port)]
-    with process("vistune serve", [*command, "--device", "cpu"], port, threads, place) as (url, running):
-        yield Server("vistune serve", url, "bench", running)
+    with process(name, [*command, "--device", "cpu", *more], port, threads, place) as (url, running):
+        yield Server(name, url, "bench", running)
 
 
 def free_port() -> int:
@@ -141,7 +151,7 @@ def process(
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | (
         {"OMP_NUM_THREADS": str(threads)} if threads else {}
     )
-    url, log = f"http://127.0.0.1:{port}", place / f"{name.split()[0]}.log"
+    url, log = f"http://127.0.0.1:{port}", place / f"{name}.log"
     with log.open("wb") as printed:
         child = subprocess.Popen(command, stdout=printed, stderr=printed, env=os.environ | quiet)
     try:
@@ -201,16 +211,22 @@ async def one_connection(
     found = []
     for turn in range(asked.each):
         picture = pictures[(number * asked.each + turn) % len(pictures)]
-        found.append(await answer(client, server, picture, WORDS[turn % len(WORDS)], asked.max_tokens))
+        question = about(picture, WORDS[turn % len(WORDS)])
+        found.append(await answer(client, server, [question], asked.max_tokens))
     return found
 
 
-async def answer(client: httpx.AsyncClient, server: Server, picture: str, words: str, tokens: int) -> Answer:
-    """One streamed answer. Whoever answers otherwise than with a stream of pieces ends the benchmark."""
+def about(picture: str, words: str) -> dict[str, Any]:
+    """A message with a picture."""
     content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": words}]
+    return {"role": "user", "content": content}
+
+
+async def answer(client: httpx.AsyncClient, server: Server, messages: Sequence[dict[str, Any]], tokens: int) -> Answer:
+    """One streamed answer. Whoever answers otherwise than with a stream of pieces ends the benchmark."""
     body: dict[str, Any] = {
         "model": server.model,
-        "messages": [{"role": "user", "content": content}],
+        "messages": list(messages),
         "max_tokens": tokens,
         "temperature": 0.0,
         "stream": True,

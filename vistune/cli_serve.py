@@ -106,6 +106,7 @@ def serve(
     quantize: Annotated[str, _model("8bit or 4bit: the language model's matrices; empty: as they are.")] = "",
     rows: Annotated[int, _limit("Requests of a model that are answered at once.")] = Limits.rows,
     kv_bytes: Annotated[str, _limit("Memory of a model's keys and values; 0: what is free decides.")] = "0",
+    prefixes: Annotated[float, _limit("Share of it that remembers prompts, for those alike.")] = Limits.prefixes,
     context_tokens: Annotated[int, _limit("Tokens of a prompt and its answer; 0: the model's.", "--context")] = 0,
     prefill_ms: Annotated[float, _limit("Running answers wait no longer while others are read.")] = Limits.prefill_ms,
     pictures_held: Annotated[str, _limit("Encoded pictures that are remembered.")] = said(Limits.pictures_held),
@@ -124,6 +125,7 @@ def serve(
     new_tokens_unasked: Annotated[int, _limit("Where a request does not say.")] = Limits.new_tokens_unasked,
     picture_host: Annotated[list[str] | None, _limit("Pictures may come from there, by https.")] = None,
     fetch: Annotated[float, _limit("Seconds for fetching a request's pictures.")] = Limits.fetch,
+    redirects: Annotated[int, _limit("The most that a picture's address may be sent on.")] = Limits.redirects,
 ) -> None:
     """Answer requests as OpenAI's clients send them, many at once, with a chat page beside it."""
     try:

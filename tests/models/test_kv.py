@@ -153,6 +153,27 @@ def test_rows_of_different_lengths_are_read_side_by_side(models):
     assert run.kv.lengths == [60, 53, 62, 29]
 
 
+@pytest.mark.parametrize("name", EACH)
+def test_what_was_cut_out_of_a_row_is_laid_into_another_and_goes_on(models, name):
+    run = Run(*models(name))
+    run.kv.reserve(2, TOKENS)
+    run.joins(0)
+    run.read([0], [40], 40)
+    assert run.kv.alike
+    pieces = [run.kv.cut(0, 0, 16), run.kv.cut(0, 16, 37)]
+    for kv in (run.kv, Kv(torch.device("cpu"))):  # a row that held another request's, and one before any layer
+        kv.reserve(3, 50)
+        run.kv, run.held = kv, {2: run.held[0], 0: run.held[0]}
+        kv.lay(2, pieces)
+        run.read([2], [8], 8)
+        kv.reserve(3, TOKENS)
+        run.read([2], [25], 25)
+        assert run.kv.lengths[2] == TOKENS
+        kv.lay(2, pieces[:1])
+        run.read([2], [30], 30)
+        run.leaves(2)
+
+
 def test_what_a_row_held_can_not_reach_the_next_request(models):
     """Not even a number that is none: what is not seen is multiplied by 0, and 0 times infinity is not 0."""
     run = Run(*models("qwen3"))

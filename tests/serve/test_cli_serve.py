@@ -42,6 +42,7 @@ def test_every_limit_has_a_word() -> None:
     said = {
         "--rows": ("5", "rows", 5),
         "--kv-bytes": ("8GiB", "kv_bytes", 8 << 30),
+        "--prefixes": ("0.5", "prefixes", 0.5),
         "--context": ("999", "context", 999),
         "--prefill-ms": ("12.5", "prefill_ms", 12.5),
         "--pictures-held": ("0", "pictures_held", 0),
@@ -60,12 +61,22 @@ def test_every_limit_has_a_word() -> None:
         "--new-tokens-unasked": ("9", "new_tokens_unasked", 9),
         "--picture-host": ("example.org", "hosts", ("example.org",)),
         "--fetch": ("2", "fetch", 2.0),
+        "--redirects": ("0", "redirects", 0),
     }
     words = [word for option, (text, _, _) in said.items() for word in (option, text)]
     found = cli_serve.limits_of(context(*words).params)
     assert {name: getattr(found, name) for _, name, _ in said.values()} == {name: v for _, name, v in said.values()}
-    fields = {field.name for field in dataclasses.fields(Limits)}
-    assert fields - {name for _, name, _ in said.values()} == {"redirects"}
+    assert {field.name for field in dataclasses.fields(Limits)} == {name for _, name, _ in said.values()}
+
+
+def test_numbers_that_cannot_be_are_named_with_what_is_needed() -> None:
+    for words, needed in {
+        ("--rows", "0"): "--rows 0: more than 0 is needed",
+        ("--queue", "-1"): "--queue -1: 0 or more is needed",
+        ("--prefixes", "1"): "--prefixes 1.0: a share of at most 0.9 is needed",
+    }.items():
+        with pytest.raises(ValueError, match=needed):
+            cli_serve.limits_of(context(*words).params)
 
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 5 << 20, 3 << 30, (3 << 30) + 1])

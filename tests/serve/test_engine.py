@@ -179,6 +179,45 @@ def test_answers_at_any_load_are_those_of_one_request_alone(loaded, pictures):
     check_parity(loaded, works, heard)
 
 
+def talks(loaded: Loaded, pictures: Sequence[Image], seed: int) -> list[list[Work]]:
+    """Conversations that go on, with pictures from the first question on; each is answered before the next is asked."""
+    made = random.Random(seed)
+    found = []
+    for number in range(6):
+        turns = [" ".join(made.choices(WORDS.split(), k=made.randint(5, 30))) for _ in range(7)]
+        seen = pictures[: number % 3]
+        found.append([asked(loaded, turns[: 2 * i + 1], seen, max_new_tokens=12) for i in range(4)])
+    return found
+
+
+def check_talks(loaded: Loaded, pictures: Sequence[Image], **limits: Any) -> Engine:
+    """Several at a time: what they say is what each question alone is told, though most of it is not read again."""
+    engine = Engine(loaded, Limits(rows=4, prefill_ms=5, **limits), "tiny")
+    engine.start()
+    for works in zip(*talks(loaded, pictures, 3), strict=True):
+        heard = [Listener() for _ in works]
+        for work, one in zip(works, heard, strict=True):
+            engine.submit(work, one)
+        check_parity(loaded, works, heard)
+    engine.stop()
+    return engine
+
+
+def test_conversations_that_go_on_are_answered_as_if_they_were_read_whole(loaded, pictures):
+    engine = check_talks(loaded, pictures)
+    state = engine.state()
+    asked_for = sum(len(work.ids) for one in talks(loaded, pictures, 3) for work in one)
+    assert asked_for / 3 < state.tokens_again < asked_for and state.prefix_tokens % 32 == 0 < state.prefix_tokens
+    assert check_talks(loaded, pictures, prefixes=0).state().tokens_again == 0
+
+
+@pytest.mark.slow
+@each_family
+def test_conversations_that_go_on_in_every_family(name, tmp_path_factory, pictures):
+    loaded = load(folders_in(tmp_path_factory.mktemp("families"))(name))
+    assert check_talks(loaded, pictures).state().tokens_again > 100
+
+
 @pytest.mark.slow
 @each_family
 def test_answers_at_load_in_every_family(name, tmp_path_factory, pictures):
@@ -245,8 +284,10 @@ def test_what_can_never_be_answered_is_refused_at_once(loaded):
 
 
 def test_a_small_memory_bounds_the_context(loaded):
-    engine = Engine(loaded, Limits(kv_bytes=300 * 512))
+    engine = Engine(loaded, Limits(kv_bytes=300 * 512, prefixes=0))
     assert engine.reader.kv_token_bytes == 512 and engine.context == 300
+    shared = Engine(loaded, Limits(kv_bytes=300 * 512, prefixes=0.25))
+    assert shared.context == 225 and shared.scheduler.reading.prefixes.most == 75 // 32
 
 
 def test_a_containers_limit_is_its_memory(tmp_path):

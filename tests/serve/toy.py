@@ -14,6 +14,7 @@ from torch import Tensor
 from vistune.decoding import Settings, Shown
 from vistune.serve.answering.drawing import Draw
 from vistune.serve.answering.lane import Ticket
+from vistune.serve.answering.prefixes import Prefixes
 from vistune.serve.answering.scheduler import Scheduler
 from vistune.serve.limits import Limits
 from vistune.serve.work import Ended, Piece, Work
@@ -47,7 +48,8 @@ def answer(ids: Sequence[int], pictures: Sequence[int], most: int) -> str:
 class ToyKv:
     """What each row was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_fail: Callable[[str], None]) -> None:
+        self.may_fail = may_fail
         self.rows = self.room = 0
         self.lengths: list[int] = []
         self.past: list[list[float]] = []
@@ -74,9 +76,24 @@ class ToyKv:
     def free(self, row: int) -> None:
         self.past[row], self.lengths[row] = [], 0
 
+    alike = True
+
+    def cut(self, row: int, start: int, stop: int) -> Tensor:
+        self.may_fail("cut")
+        assert stop <= self.lengths[row]
+        return torch.tensor(self.past[row][start:stop], dtype=torch.float64).view(1, 1, -1, 1)
+
+    def lay(self, row: int, pieces: Sequence[Tensor]) -> None:
+        self.may_fail("lay")
+        self.past[row] = torch.cat(list(pieces), dim=2).view(-1).tolist()
+        self.lengths[row] = len(self.past[row])
+        assert self.lengths[row] <= self.room and row < self.rows
+
 
 class ToyReader:
     """`fails[name]` is raised by the next call of that name; `spend` hears what a call costs: its name and amount."""
+
+    picture = PICTURE
 
     def __init__(self, spend: Callable[[str, int], None] = lambda name, amount: None, alone: bool = True):
         self.alone, self.spend = alone, spend
@@ -86,7 +103,7 @@ class ToyReader:
         self.fails: dict[str, list[Exception]] = {}
 
     def kv(self) -> ToyKv:
-        self.kvs.append(ToyKv())
+        self.kvs.append(ToyKv(self._may_fail))
         return self.kvs[-1]
 
     def _may_fail(self, name: str) -> None:
@@ -209,12 +226,19 @@ def expected(asked: Work) -> str:
 
 
 def scheduler(
-    reader: ToyReader, kv_tokens: int = 10_000, adapters: Any = None, clock: Any = None, **limits: Any
+    reader: ToyReader,
+    kv_tokens: int = 10_000,
+    adapters: Any = None,
+    clock: Any = None,
+    prefixes: int = 0,
+    **limits: Any,
 ) -> Scheduler:
     more = {} if clock is None else {"clock": clock}
     tongue: Any = ToyTongue()
     drawing: Any = ToyDrawing()
-    return Scheduler(reader, Limits(**limits), tongue, drawing, kv_tokens, adapters, **more)
+    made = Scheduler(reader, Limits(**limits), tongue, drawing, kv_tokens, adapters, **more)
+    made.reading.prefixes = Prefixes(prefixes, block=4)
+    return made
 
 
 def handed_in(to: Scheduler, asked: Work, clock: Callable[[], float] = lambda: 0.0) -> tuple[Ticket, Heard]:

@@ -98,6 +98,31 @@ class Kv(Cache):
                 tensor[row, :, : self._written[row]] = 0
         self.lengths[row] = self._written[row] = 0
 
+    @torch.inference_mode()
+    def cut(self, row: int, start: int, stop: int) -> Tensor:
+        """A copy of what places `start` to `stop` of a row hold: [2 x layers, heads, places, width], keys of a layer
+        before its values."""
+        assert stop <= self.lengths[row], f"row {row} ends at {self.lengths[row]}, before {stop}"
+        return torch.stack([tensor[row, :, start:stop] for tensor in self._tensors()])
+
+    @torch.inference_mode()
+    def lay(self, row: int, pieces: Sequence[Tensor]) -> None:
+        """A row is another request's from here on, and begins with these, end to end, as they were `cut`."""
+        whole = torch.cat(list(pieces), dim=2)  # before anything changes: there may be no memory for it
+        self._layers = self._layers or [
+            [self._new(keys[None]), self._new(values[None])]
+            for keys, values in zip(whole[::2], whole[1::2], strict=True)
+        ]
+        self.free(row)
+        self.lengths[row] = self._written[row] = whole.shape[2]
+        for tensor, piece in zip(self._tensors(), whole, strict=True):
+            tensor[row, :, : whole.shape[2]] = piece
+
+    @property
+    def alike(self) -> bool:
+        """Whether keys and values of every layer have one shape, so that they can be `cut`."""
+        return len({tensor.shape for tensor in self._tensors()}) <= 1
+
     @contextmanager
     def writing(
         self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], width: int

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_PREFIXES = 0.9
+"""The rest is for the answers themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -16,6 +19,8 @@ class Limits:
     """Requests of a model that are answered at once."""
     kv_bytes: int = 0
     """Memory of a model's keys and values, all rows together; 0: what is free decides."""
+    prefixes: float = 0.125
+    """Share of that memory in which read prompts and answers are remembered, for requests that begin alike."""
     context: int = 0
     """Tokens of a prompt with its answer; 0: as many as the model was made for."""
     prefill_ms: float = 100.0
@@ -50,7 +55,10 @@ class Limits:
     redirects: int = 3
 
     def __post_init__(self) -> None:
-        may_be_nothing = {"kv_bytes", "context", "pictures_held", "queue", "redirects"}
+        may_be_nothing = {"kv_bytes", "prefixes", "context", "pictures_held", "queue", "redirects"}
         for name, value in vars(self).items():
             if name != "hosts" and value < (0 if name in may_be_nothing else 1e-9):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: a number above {0} is needed")
+                needed = "0 or more" if name in may_be_nothing else "more than 0"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {needed} is needed")
+        if self.prefixes > MOST_PREFIXES:
+            raise ValueError(f"--prefixes {self.prefixes}: a share of at most {MOST_PREFIXES} is needed")

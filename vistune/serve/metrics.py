@@ -68,6 +68,8 @@ class Metrics:
             "pictures_held": state("pictures_held_bytes", "Encoded pictures that are remembered."),
             "pictures_seen": state("pictures_encoded", "Pictures encoded since the start."),
             "pictures_again": state("pictures_reused", "Pictures that were encoded already, since the start."),
+            "prefix_tokens": state("prefix_cache_tokens", "Tokens of prompts that are remembered."),
+            "tokens_again": state("prefix_cache_reused_tokens", "Tokens of prompts not read again, since the start."),
             "alive": state("engine_up", "1 while the engine's loop is alive."),
             "idle": state("engine_last_turn_seconds", "Seconds since the engine's loop last turned."),
         }

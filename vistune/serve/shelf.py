@@ -73,10 +73,10 @@ class Placed:
         return Served(name=self.name, engine=model.engine, adapter=self.key, created=self.created, base=model.name)
 
     def remove(self) -> None:
-        """Let go of it, and of what pictures looked like to it."""
+        """Let go of it, and of what was seen and read for it."""
         assert self.model.adapters is not None
         self.model.adapters.remove(self.key)
-        self.model.engine.forget_pictures(self.key)
+        self.model.engine.forget(self.key)
 
 
 class Shelf:

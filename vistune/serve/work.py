@@ -49,19 +49,22 @@ class Ended:
     """The end of an answer. `reason`: "stop", "length", "error" (then `error` says why), or "left" (the asker went).
 
     `margin`: the smallest gap between the two best logits of a greedy answer's steps, infinite where there are none.
+    `reused`: tokens of the prompt that had been read for another request.
     """
 
     reason: str
     tokens: int = 0
     margin: float = math.inf
+    reused: int = 0
     error: Refused | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """An engine at a moment: requests that run and wait, tokens of keys and values that are reserved of those that
-    there are, bytes of remembered pictures, pictures that were encoded and such as needed not be, being known already;
-    whether it is alive, and seconds since its loop last turned (0 while it has nothing to do)."""
+    """An engine at a moment: requests that run and wait; tokens of keys and values that are reserved, of those that
+    there are; bytes of remembered pictures, pictures that were encoded, and such as needed not be, being known already;
+    tokens of remembered prompts, and such as were not read again; whether it is alive, and seconds since its loop last
+    turned (0 while it has nothing to do)."""
 
     running: int = 0
     waiting: int = 0
@@ -70,5 +73,7 @@ class State:
     pictures_held: int = 0
     pictures_seen: int = 0
     pictures_again: int = 0
+    prefix_tokens: int = 0
+    tokens_again: int = 0
     alive: bool = True
     idle: float = 0.0

@@ -46,8 +46,16 @@ class Engine:
         self.loaded, self.limits, self.name, self.adapters = loaded, limits, name, adapters
         self.reader = Reader(loaded)
         tokens = (limits.kv_bytes or self._free_bytes(share)) // self.reader.kv_token_bytes
+        prefixes = int(tokens * limits.prefixes)
         self.scheduler = Scheduler(
-            self.reader, limits, Tongue(loaded), Drawing(loaded), tokens, adapters, _clock(loaded)
+            self.reader,
+            limits,
+            Tongue(loaded),
+            Drawing(loaded),
+            tokens - prefixes,
+            adapters,
+            _clock(loaded),
+            prefixes=prefixes,
         )
         self._inbox: deque[Ticket] = deque()
         self._bytes_in = 0
@@ -59,7 +67,9 @@ class Engine:
     def start(self) -> None:
         """Begin to answer. Logs what keys and values may take."""
         tokens, each = self.scheduler.kv_tokens, self.reader.kv_token_bytes
-        console.say(f"{self.name or 'model'}: {tokens:,} tokens of keys and values, {tokens * each / 2**30:.2f} GiB")
+        said = f"{self.name or 'model'}: {tokens:,} tokens of keys and values, {tokens * each / 2**30:.2f} GiB"
+        prefixes = self.scheduler.reading.prefixes
+        console.say(f"{said}; {prefixes.most * prefixes.block:,} more to remember what was read")
         self._thread.start()
 
     def stop(self, drain: float = 0.0) -> None:
@@ -103,9 +113,10 @@ class Engine:
         alive = self._alive and (self._thread.is_alive() or not self._thread.ident)
         return replace(now, waiting=now.waiting + waiting, alive=alive, idle=idle)
 
-    def forget_pictures(self, adapter: str) -> None:
-        """An adapter is another one now: what was seen for it counts no more."""
+    def forget(self, adapter: str) -> None:
+        """An adapter is another one now: what was seen and read for it counts no more."""
         self.scheduler.reading.seen.forget(adapter)
+        self.scheduler.reading.prefixes.forget(adapter)
 
     def _check(self, work: Work) -> None:
         need = len(work.ids) + work.settings.max_new_tokens

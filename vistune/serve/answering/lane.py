@@ -41,7 +41,11 @@ class Ticket:
         self.need = len(work.ids) + work.settings.max_new_tokens
         self.nbytes = work.nbytes
         self.sights: list[Sight] = []
-        self.embeds: Tensor | None = None
+        self.pictures: list[tuple[int, bytes]] = []  # where each begins, and its key's digest
+        self.known: list[Tensor] = []  # keys and values of the prompt's beginning, until it has a row
+        self.reused = 0  # tokens of them
+        self.embeds: Tensor | None = None  # of the prompt from there on
+        self.said: list[int] = []
         self.row: int | None = None
         self.place = 0  # tokens that its keys and values hold
         self.last = self.tokens = self.number = 0
@@ -151,7 +155,10 @@ class Lane:
                 self.kv.lengths[ticket.row] = ticket.place
 
     def place(self, ticket: Ticket) -> None:
-        """A row for one that is begun to be read."""
+        """A row for one that is begun to be read, with what is known of it."""
+        if ticket.known:
+            self.kv.lay(len(self.rows), ticket.known)
+            ticket.known = []
         ticket.row = len(self.rows)
         self.rows.append(ticket)
 

@@ -31,6 +31,8 @@ class Reader:
         config: Any = loaded.model.config
         self.alone = not getattr(config.vision_config, "legacy_images", False)
         """Whether a picture's features depend on it alone; else `see` is given all pictures of one request at once."""
+        self.picture: int = loaded.image_token_id
+        """The id that stands for a piece of a picture in a prompt."""
         self.context = context(config.text_config)
         """Tokens that a prompt and its answer may have together."""
         self.kv_token_bytes = kv_token_bytes(config.text_config, loaded.model.dtype)

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vistune.serve.answering.budget import Cost, together
 from vistune.serve.answering.failing import free_memory
 from vistune.serve.answering.lane import Lane, Sight, Ticket
+from vistune.serve.answering.prefixes import Prefixes
 from vistune.serve.answering.seen import Seen
 
 LEAST = 16
@@ -25,20 +26,22 @@ small beside them."""
 
 
 class Reading:
-    """`reader`: a `Reader`. `clock`: seconds, read when all that was asked of the device is done.
-    `begin(lane, tickets, logits)` is called for those that are read to their ends."""
+    """`reader`: a `Reader`. `held`: bytes of pictures that are remembered, `prefixes`: tokens of prompts that are.
+    `clock`: seconds, read when all that was asked of the device is done. `begin(lane, tickets, logits)` is called for
+    those that are read to their ends."""
 
     def __init__(
         self,
         reader: Any,
         held: int,
+        prefixes: int,
         clock: Callable[[], float],
         begin: Callable[[Lane, list[Ticket], Tensor], None],
     ):
         self.reader, self.clock, self.begin = reader, clock, begin
-        self.seen = Seen(held)
+        self.seen, self.prefixes = Seen(held), Prefixes(prefixes)
         self.reads, self.sights = Cost(), Cost()
-        self.pictures_seen = self.pictures_again = 0
+        self.pictures_seen = self.pictures_again = self.tokens_again = 0
         self.bytes_out = 0
         """Bytes of requests that are not needed any more."""
         self.most = MOST
@@ -70,6 +73,38 @@ class Reading:
         else:
             whole = b"".join(digests) if all(digests) else b""
             ticket.sights = [Sight((eyes, whole), work.pictures)]
+        places = [place for place, one in enumerate(ticket.ids) if one == self.reader.picture]
+        for sight in ticket.sights:
+            ticket.pictures.append((places[0], sight.key[1]))
+            places = places[len(sight) :]
+
+    # What was read before.
+
+    def recall(self, ticket: Ticket) -> None:
+        """What is known of a prompt's beginning need not be read, nor the pictures in it be seen. Its last token is
+        always read: what comes next is not known."""
+        if not self.prefixes.most:
+            return
+        found = self.prefixes.find(self.prefixes.names(ticket.work.adapter, ticket.ids[:-1], ticket.pictures))
+        if len(found) <= len(ticket.known):
+            return
+        ticket.known = found
+        ticket.place = ticket.reused = len(found) * self.prefixes.block
+        wanted = sum(map(len, ticket.sights)) - self._laid(ticket)
+        while ticket.sights and len(ticket.sights[0]) <= wanted:
+            wanted -= len(ticket.sights.pop(0))
+
+    def _laid(self, ticket: Ticket) -> int:
+        """Pieces of pictures in what is not known of its prompt."""
+        return ticket.ids[ticket.reused :].count(self.reader.picture)
+
+    def keep(self, lane: Lane, ticket: Ticket) -> None:
+        """Remember what its row holds."""
+        row = ticket.row
+        if row is None or not self.prefixes.most or not lane.kv.alike:
+            return
+        said = self.prefixes.names(lane.adapter, [*ticket.ids, *ticket.said][: ticket.place], ticket.pictures)
+        self.prefixes.put(lane.adapter, said, lambda start, stop: lane.kv.cut(row, start, stop))
 
     def read(self, lane: Lane, lanes: Sequence[Lane], left: float, must: bool) -> float:
         """See and read within `left` seconds, at least the smallest piece where something `must` be; the seconds spent.
@@ -88,6 +123,11 @@ class Reading:
         self.bytes_out += ticket.nbytes
         ticket.nbytes = 0
         ticket.forget_pictures()
+
+    def make_room(self) -> None:
+        """The memory was too small for a call: what need not be there goes."""
+        self.prefixes.forget()
+        free_memory()
 
     # Pictures.
 
@@ -115,7 +155,7 @@ class Reading:
                 raise
             if isinstance(error, torch.OutOfMemoryError):
                 self.most = tokens // 2
-                free_memory()
+                self.make_room()
             return self._see(lane, lanes, left, True, 1)
         spent = max(self.clock() - begun, 1e-9)
         self.looks = False
@@ -182,7 +222,7 @@ class Reading:
                 raise
             self.most = max(LEAST, count * max(counts) // 2)
             lane.again(chosen)
-            free_memory()
+            self.make_room()
             return max(self.clock() - begun, 1e-9)
         spent = max(self.clock() - begun, 1e-9)
         self.reads.add(count * max(counts), spent)
@@ -200,17 +240,28 @@ class Reading:
         for ticket in tickets:
             self.concerned[:] = [ticket]
             if ticket.row is None:
-                features = [one for sight in ticket.sights for one in sight.features or ()]
-                ticket.embeds = self.reader.embed(ticket.ids, features)
-                self.let_go(ticket)
+                if ticket.embeds is None:
+                    ticket.embeds = self._laid_out(ticket)
                 lane.place(ticket)
         self.looks = False
         self.concerned[:] = tickets
         return sorted(tickets, key=lambda one: one.row or 0)
 
+    def _laid_out(self, ticket: Ticket) -> Tensor:
+        """What of its prompt is to be read, as the language model takes it; its pictures are not needed any more."""
+        self.recall(ticket)  # others may have been read meanwhile
+        self.tokens_again += ticket.reused
+        features = [one for sight in ticket.sights for one in sight.features or ()]
+        count = self._laid(ticket)
+        if count < sum(map(len, features)):  # some of the first picture is known
+            features = [torch.cat(features)[-count:]] if count else []
+        laid: Tensor = self.reader.embed(ticket.ids[ticket.reused :], features)
+        self.let_go(ticket)
+        return laid
+
     def _pieces(self, lane: Lane, chosen: list[Ticket], counts: list[int]) -> Tensor:
         pieces = [
-            one.embeds[one.place : one.place + count]
+            one.embeds[one.place - one.reused : one.place - one.reused + count]
             for one, count in zip(chosen, counts, strict=True)
             if one.embeds is not None
         ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from vistune import console
 from vistune.serve.answering.budget import Cost
 from vistune.serve.answering.drawing import Drawing, Drawn, draw
-from vistune.serve.answering.failing import explained, free_memory, no_memory, told
+from vistune.serve.answering.failing import explained, no_memory, told
 from vistune.serve.answering.lane import Lane, Ticket
 from vistune.serve.answering.reading import Reading
 from vistune.serve.limits import Limits
@@ -30,8 +30,9 @@ IDLE = 10
 
 
 class Scheduler:
-    """`reader`: a `Reader`. `kv_tokens`: tokens of keys and values, all rows together. `clock`:
-    seconds, read when all that was asked of the device is done. `failures`: steps that failed since one did not."""
+    """`reader`: a `Reader`. `kv_tokens`: tokens of keys and values, all rows together; `prefixes`: of those that are
+    remembered, beside them. `clock`: seconds, read when all that was asked of the device is done. `failures`: steps
+    that failed since one did not."""
 
     def __init__(
         self,
@@ -42,12 +43,13 @@ class Scheduler:
         kv_tokens: int,
         adapters: Any = None,
         clock: Callable[[], float] = time.perf_counter,
+        prefixes: int = 0,
     ):
         self.reader, self.limits, self.tongue, self.drawing = reader, limits, tongue, drawing
         self.kv_tokens, self.adapters = kv_tokens, adapters
         self.waiting: deque[Ticket] = deque()
         self.lanes: dict[str, Lane] = {}
-        self.reading = Reading(reader, limits.pictures_held, clock, self._begin)
+        self.reading = Reading(reader, limits.pictures_held, prefixes, clock, self._begin)
         self.turns = Cost()
         self.failures = 0
         self.stirred = False  # somebody has left
@@ -66,6 +68,8 @@ class Scheduler:
             pictures_held=reading.seen.nbytes,
             pictures_seen=reading.pictures_seen,
             pictures_again=reading.pictures_again,
+            prefix_tokens=reading.prefixes.tokens,
+            tokens_again=reading.tokens_again,
         )
 
     def row_free_in(self) -> float:
@@ -115,12 +119,16 @@ class Scheduler:
         ticket.over = True
         lane = self.lanes.get(ticket.work.adapter)
         if lane is not None and lane.has(ticket):
+            if error is None:
+                self.reading.keep(lane, ticket)
             lane.leave(ticket)
         elif ticket in self.waiting:
             self.waiting.remove(ticket)
         self.reading.let_go(ticket)
         ticket.embeds = ticket.draw = None
-        told(ticket, Ended(reason=reason, tokens=ticket.tokens, margin=ticket.margin, error=error))
+        ticket.known = []
+        ends = Ended(reason=reason, tokens=ticket.tokens, margin=ticket.margin, reused=ticket.reused, error=error)
+        told(ticket, ends)
 
     def end_all(self, error: Refused) -> None:
         """Nobody here is answered any more, in whatever state the rows are."""
@@ -169,6 +177,7 @@ class Scheduler:
                 eyes = self.adapters.sees(lane.adapter) if self.adapters is not None else ""
                 ticket.speech = Speech(self.tongue, ticket.work.stops)
                 self.reading.sight(ticket, eyes)
+                self.reading.recall(ticket)
             with self._failing(lane.tickets, lane, lost=True):
                 self._make_room(lane)
 
@@ -200,6 +209,9 @@ class Scheduler:
                 ticket.draw = self.drawing.begin(ticket.work.settings, ticket.ids, logits.device)
                 lane.begin(ticket)
             self._hand_out(tickets, draw(logits, [one.draw for one in tickets if one.draw]))
+            for ticket in tickets:
+                if not ticket.over:
+                    self.reading.keep(lane, ticket)
 
     def _hand_out(self, tickets: Sequence[Ticket], drawn: Sequence[Drawn]) -> None:
         self.failures = 0
@@ -212,6 +224,7 @@ class Scheduler:
             said = "the model's numbers are not finite any more"
             return self.end(ticket, "error", Refused(500, said, code="engine_error"))
         speech, ticket.last = ticket.speech, drawn.token
+        ticket.said.append(drawn.token)
         assert speech is not None
         ticket.tokens += 1
         ticket.margin = min(ticket.margin, drawn.margin)
@@ -233,7 +246,7 @@ class Scheduler:
         try:
             yield
         except torch.OutOfMemoryError:
-            free_memory()
+            self.reading.make_room()
             here = sorted((one for one in concerned if not one.over), key=lambda one: one.number)
             drop = len(here) if lane is None or lost else max(1, len(here) // 4)
             console.warn(f"out of memory: {drop} of {len(here)} answers ended")

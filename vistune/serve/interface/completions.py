@@ -285,7 +285,7 @@ async def _whole(one: Answer, words: Wording) -> JSONResponse:
     while not isinstance(said := await one.next(), Ended):
         text += said.text if said else ""
     _check(said)
-    whole = words.whole(text, said.reason, one.prompt_tokens, said.tokens)
+    whole = words.whole(text, said, one.prompt_tokens)
     return JSONResponse(whole, headers={"Cache-Control": "no-store"})
 
 
@@ -301,7 +301,7 @@ async def _events(one: Answer, said: Piece | Ended | None, words: Wording) -> As
     if (why := failure(said)) is not None:
         yield event(why.body())
     else:
-        yield words.end(said.reason, one.prompt_tokens, said.tokens)
+        yield words.end(said, one.prompt_tokens)
 
 
 def _check(said: Ended) -> None:

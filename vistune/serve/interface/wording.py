@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from vistune import __version__
+from vistune.serve.work import Ended
 
 DONE = b"data: [DONE]\n\n"
 WAITING = b": waiting\n\n"
@@ -62,22 +63,23 @@ class Wording:
     def more(self, text: str) -> bytes:
         return self._piece({"content": text})
 
-    def end(self, reason: str, prompt_tokens: int, tokens: int) -> bytes:
+    def end(self, ended: Ended, prompt_tokens: int) -> bytes:
         """What a stream ends with: "stop" or "length", the numbers where they are asked for, and that it is whole."""
-        numbers = self._chunk([], counted(prompt_tokens, tokens)) if self.usage else b""
-        return self._piece({}, reason) + numbers + DONE
+        numbers = self._chunk([], counted(ended, prompt_tokens)) if self.usage else b""
+        return self._piece({}, ended.reason) + numbers + DONE
 
-    def whole(self, text: str, reason: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    def whole(self, text: str, ended: Ended, prompt_tokens: int) -> dict[str, Any]:
         """All of an answer at once."""
         said = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": reason}
-        return self._around("chat.completion") | {"choices": [choice], "usage": counted(prompt_tokens, tokens)}
+        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": ended.reason}
+        return self._around("chat.completion") | {"choices": [choice], "usage": counted(ended, prompt_tokens)}
 
 
-def counted(prompt_tokens: int, tokens: int) -> dict[str, Any]:
-    """Tokens of the prompt, those of pictures too, and of the answer."""
+def counted(ended: Ended, prompt_tokens: int) -> dict[str, Any]:
+    """Tokens of the prompt, those of pictures too, how many of them had been read before, and of the answer."""
     return {
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
+        "completion_tokens": ended.tokens,
+        "total_tokens": prompt_tokens + ended.tokens,
+        "prompt_tokens_details": {"cached_tokens": ended.reused},
     }

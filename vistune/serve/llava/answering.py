@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from vistune.serve.interface.completions import Answer, Desk, Events, Gone, unless_gone
+from vistune.serve.interface.completions import Answer, Desk, Events, Gone, failure, unless_gone
 from vistune.serve.interface.preparing import Order, prepare_prompt
 from vistune.serve.limits import Limits
 from vistune.serve.llava import lines
@@ -115,13 +115,6 @@ async def _lines(prompt: str, one: Answer, said: Piece | Ended | None) -> AsyncI
         said = await one.next(SILENT)
     why = failure(said)
     yield lines.line(why.message, lines.FAILED) if why else lines.line(text)
-
-
-def failure(said: Ended) -> Refused | None:
-    """Why an answer was not finished."""
-    if said.error is None and said.reason not in ("stop", "length"):
-        return Refused(503, "the answer was broken off", code="stopped")
-    return said.error
 
 
 def refused(why: Refused, code: int = lines.FAILED) -> Response:

@@ -1,4 +1,4 @@
-"""A request passed to the least busy worker, and its answer passed back as it comes.
+"""A request passed to a worker, one that knows how it begins or the least busy, and its answer passed back as it comes.
 
 Knows nothing of what is asked: bytes in, bytes out, and how an answer that breaks off is ended so that clients see it.
 """
@@ -13,8 +13,9 @@ import httpx
 
 from vistune import console
 from vistune.serve.refused import Refused
+from vistune.serve.workers.alike import Alike
 from vistune.serve.workers.asked import HOP, Asked, Send
-from vistune.serve.workers.worker import Worker, least_busy
+from vistune.serve.workers.worker import Worker, chosen
 
 AGAIN = {429, 503}
 """What a worker says that has no room, or is ending; another may have some."""
@@ -28,14 +29,17 @@ class Passing:
     def __init__(self, workers: Sequence[Worker]):
         self.workers = list(workers)
         self.turn = 0
+        self.alike = Alike()
 
     async def one(self, asked: Asked, send: Send) -> None:
         """Refused: 503 when no worker is there, 502 when the one that was asked died before it answered. It is not
         asked again elsewhere then: what has killed one worker would kill them all."""
         tried: list[Worker] = []
-        while worker := least_busy(self.workers, self.turn, tried):
+        known = self.alike.known(asked.body.data)
+        while worker := chosen(self.workers, self.turn, tried, known):
             self.turn = worker.number + 1
             tried.append(worker)
+            self.alike.give(asked.body.data, worker.number)
             with worker.at_work():
                 if await self._answered(worker, asked, send, tried):
                     return
@@ -50,7 +54,7 @@ class Passing:
         except httpx.HTTPError as error:
             raise Refused(502, DIED, code="worker_died") from error
         try:
-            if answer.status_code in AGAIN and least_busy(self.workers, self.turn, tried):
+            if answer.status_code in AGAIN and chosen(self.workers, self.turn, tried, {}):
                 return False
             asked.body.data = b""  # an answer may take minutes, and a question hold pictures
             await relay(answer, asked, send)
