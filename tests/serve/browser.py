@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from vistune.serve.limits import Limits
-from vistune.serve.page import router
+from vistune.serve.page.routes import router
 from vistune.serve.refused import Refused
 
 ARGS = (

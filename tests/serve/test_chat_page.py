@@ -17,7 +17,7 @@ from vistune.serve.limits import Limits
 
 FILES = sorted(path for path in page.HERE.iterdir() if path.suffix in (".js", ".css", ".html"))
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in FILES if path.suffix == ".js"}
-INDEX = (page.HERE / "index.html").read_text(encoding="utf-8")
+PAGES = "".join(path.read_text(encoding="utf-8") for path in FILES if path.suffix == ".html")
 
 
 def table(name: str) -> dict[str, str]:
@@ -80,7 +80,7 @@ def test_addresses_are_relative_or_under_the_root_path() -> None:
 
 
 def test_nothing_is_inline_and_nothing_is_from_elsewhere() -> None:
-    for tag, have in Tags(INDEX).found:
+    for tag, have in Tags(PAGES).found:
         assert not [name for name in have if name.startswith("on") or name == "style"]
         assert tag != "style" and (tag != "script" or have.get("src"))
     for name, text in SCRIPTS.items():
@@ -104,7 +104,7 @@ def test_both_languages_have_the_same_words_with_the_same_values() -> None:
 def test_every_word_that_is_used_is_there_and_every_one_there_is_used() -> None:
     known = set(table("en.js"))
     in_page = {
-        str(v) for _, have in Tags(INDEX).found for k, v in have.items() if k.startswith("data-") and k != "data-vote"
+        str(v) for _, have in Tags(PAGES).found for k, v in have.items() if k.startswith("data-") and k != "data-vote"
     }
     code = "".join(text for name, text in SCRIPTS.items() if name not in ("en.js", "zh.js"))
     called = set(re.findall(r'\bword\("(\w+)"', code))

@@ -15,7 +15,6 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from vistune import __version__, console
-from vistune.serve import page
 from vistune.serve.answering.engine import Engine
 from vistune.serve.door import listening, probes
 from vistune.serve.door.guard import Guard
@@ -24,6 +23,8 @@ from vistune.serve.interface import api
 from vistune.serve.limits import Limits
 from vistune.serve.llava import routes as llava
 from vistune.serve.llava.registering import register
+from vistune.serve.page import routes as page
+from vistune.serve.page.opening import meanwhile
 from vistune.serve.pictures.media import Media
 from vistune.serve.shelf import Shelf
 
@@ -97,7 +98,7 @@ def run(open_shelf: Callable[[], Shelf], limits: Limits, options: Options) -> No
         welcome(shelf, options, place)
         register(options, place, lambda: llava.own_status(shelf))
 
-    guard = guarded(probes.opening, limits, options)
+    guard = guarded(meanwhile(probes.opening) if options.page else probes.opening, limits, options)
     opening = _Opening(open_shelf, guard, options, said)
     place = bound(options)
     console.say(f"reading the models; {address(options, place)}/health answers already")

@@ -56,7 +56,7 @@ def _stands(state: State, seconds: float) -> bool:
 
 
 async def opening(scope: Scope, receive: Receive, send: Send) -> None:
-    """All there is while the models are read: the server lives, and is not ready."""
+    """What programs are told while the models are read: the server lives, and is not ready."""
     assert scope["type"] == "http"
     alive = local(scope) == "/health" and scope["method"] in ("GET", "HEAD")
     if not alive:

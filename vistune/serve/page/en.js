@@ -10,6 +10,8 @@ export default {
   "model": "Model",
   "no_model": "no model",
   "away_short": "server not reached",
+  "opening_title": "The models are being read",
+  "opening_text": "That takes seconds or minutes. This page becomes the chat page by itself.",
   "empty_title": "Ask about pictures",
   "empty_text": "Drop, paste or choose pictures, then ask. Several at once are fine.",
   "examples": "Questions to begin with",

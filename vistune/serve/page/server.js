@@ -77,10 +77,10 @@ export async function models() {
   return (await (await call("v1/models")).json()).data;
 }
 
-/** Whether the server answers at all. */
-export async function alive() {
+/** Whether the server answers at all; at "ready": whether it would answer what is asked of its models. */
+export async function alive(path = "health") {
   try {
-    return (await fetch(new URL("health", ROOT), { cache: "no-store" })).ok;
+    return (await fetch(new URL(path, ROOT), { cache: "no-store" })).ok;
   } catch {
     return false;
   }

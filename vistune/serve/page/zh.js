@@ -10,6 +10,8 @@ export default {
   "model": "模型",
   "no_model": "没有模型",
   "away_short": "无法连接服务器",
+  "opening_title": "正在读取模型",
+  "opening_text": "需要几秒到几分钟。读完后，本页会自动变为聊天页。",
   "empty_title": "对着图片提问",
   "empty_text": "拖入、粘贴或选择图片，然后提问。可以一次放多张。",
   "examples": "可以这样开始",

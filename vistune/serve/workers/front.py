@@ -68,6 +68,10 @@ class Front:
         else:
             await self.passing.one(asked, send)
 
+    def opening(self) -> bool:
+        """Whether no worker is ready yet, and one is reading its models."""
+        return not any(one.ready for one in self.workers) and any(one.state == "starting" for one in self.workers)
+
     async def _health(self, send: Send) -> None:
         await _json(send, 200, {"status": "ok"})
 
