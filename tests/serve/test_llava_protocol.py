@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_errors_say_their_reason(server: Serving) -> None:
         assert "HIGH TRAFFIC" not in only["text"]
         return only["error_code"], only["text"]
 
-    assert failed(prompt="a <image>", images=[]) == (1, "0 pictures for 1 <image> in the prompt; give one for each")
+    assert failed(prompt="a <image>", images=[]) == (1, "0 pictures for 1 `<image>` in the prompt; give one for each")
     assert page.status == 400
     code, text = failed(prompt="a <image>", images=["no base64!"])
     assert code == 1 and "base64" in text and "no base64!" not in text
@@ -185,6 +186,18 @@ def test_a_long_silence_is_broken(server: Serving, monkeypatch: pytest.MonkeyPat
         rest = b"".join(pieces).split(b"\0")
     assert json.loads(rest[-2])["error_code"] == 0
     assert server.idle()
+
+
+def test_lines_come_no_faster_than_the_page_shows_them(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 30 ms and more for each, and would fall behind; the end waits for nothing."""
+    page, asked = Page(server.url), {"model": "llava-tiny", "prompt": templated("What?"), "max_new_tokens": 48}
+    monkeypatch.setattr(answering, "PACE", 0.0)
+    each = page.lines(server.url, **asked)
+    monkeypatch.setattr(answering, "PACE", 60.0)
+    began = time.monotonic()
+    few = page.lines(server.url, **asked)
+    assert time.monotonic() - began < 30
+    assert few[-1] == each[-1] and len(few) <= 3 and all(each[-1]["text"].startswith(one["text"]) for one in few)
 
 
 def test_a_client_that_goes_leaves(server: Serving) -> None:
@@ -286,9 +299,13 @@ def test_an_old_worker_registers_and_is_asked_through_us(server: Serving) -> Non
         ("http://127.9.9.9:1", 200),
     ],
 )
-def test_only_allowed_hosts_register(server: Serving, address: Any, status: int) -> None:
+def test_only_allowed_hosts_register(
+    server: Serving, address: Any, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = OldWorker("elsewhere").register(server.url, address)
     assert answer.status_code == status
+    said = capsys.readouterr().err  # the worker itself says no more than AssertionError
+    assert ("is not registered" in said) == (status != 200) and ("--llava-allow" in said) == (status == 403)
     assert status == 200 or set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert Page(server.url).worker("elsewhere") == (address.rstrip("/") if status == 200 else "")
     HTTP.post(f"{server.url}/refresh_all_workers")

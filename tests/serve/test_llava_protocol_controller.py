@@ -9,7 +9,7 @@ import pytest
 
 from vistune.serve.llava.asked import Asked, read
 from vistune.serve.llava.controller import EXPIRES, MOST, Controller
-from vistune.serve.llava.lines import line
+from vistune.serve.llava.lines import FAILED, line
 from vistune.serve.llava.status import Status
 from vistune.serve.refused import Refused
 
@@ -123,3 +123,12 @@ def test_a_request_that_is_none_is_refused_without_repeating_it(body: bytes) -> 
 
 def test_a_line_is_json_and_ends_with_nul() -> None:
     assert line("a\0ü") == b'{"text": "a\\u0000\\u00fc", "error_code": 0}\0'
+
+
+def test_a_reason_can_be_read_where_it_is_taken_for_html() -> None:
+    """The reference's page does; an answer is left as it is."""
+    assert (
+        line("1 <image> and <|pad|>, 2 < 3", FAILED)
+        == b'{"text": "1 `<image>` and `<|pad|>`, 2 < 3", "error_code": 1}\0'
+    )
+    assert line("1 <image>") == b'{"text": "1 <image>", "error_code": 0}\0'

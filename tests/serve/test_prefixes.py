@@ -39,6 +39,13 @@ def test_blocks_have_the_same_name_where_all_up_to_their_ends_is_the_same(one, o
         assert (first[i] == second[i]) == same
 
 
+@given(prompt, st.integers(0, 14))
+def test_names_go_on_from_those_of_a_beginning(one, tokens):
+    held, (whose, ids, pictures) = Prefixes(100, block=4), one
+    known = held.names(whose, ids[:tokens], pictures)
+    assert held.names(whose, ids, pictures, known) == held.names(whose, ids, pictures)
+
+
 def numbered(ids: Sequence[int]) -> Any:
     """Keys and values by which a block can be told."""
     return lambda start, stop: torch.tensor(ids[start:stop], dtype=torch.float32).view(1, 1, -1, 1)
@@ -123,7 +130,7 @@ def test_a_picture_that_lies_in_what_is_known_is_not_seen():
     one = scheduler(reader, prefixes=1000, pictures_held=0)
     answered(one, work(FIRST, 1, [7]))
     assert answered(one, work([*FIRST[:6], 9, 9, 9], 5, [7])).reused == 8
-    assert reader.seen == [[7]]
+    assert reader.seen == [[7]] and (one.state().pictures_seen, one.state().pictures_again) == (1, 1)
 
 
 def test_of_a_picture_that_is_known_in_part_the_rest_is_read():

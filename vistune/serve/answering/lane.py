@@ -42,6 +42,7 @@ class Ticket:
         self.nbytes = work.nbytes
         self.sights: list[Sight] = []
         self.pictures: list[tuple[int, bytes]] = []  # where each begins, and its key's digest
+        self.names: list[bytes] = []  # of its prompt's blocks
         self.known: list[Tensor] = []  # keys and values of the prompt's beginning, until it has a row
         self.reused = 0  # tokens of them
         self.embeds: Tensor | None = None  # of the prompt from there on

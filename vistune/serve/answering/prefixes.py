@@ -15,6 +15,8 @@ from torch import Tensor
 
 BLOCK = 32
 """Tokens of a block. Of a beginning that was read before, fewer are read again."""
+AT_ONCE = 16
+"""Blocks that are copied out of a row in one piece, so that a long one needs no memory of its length."""
 
 Cut = Callable[[int, int], Tensor]
 """Places from, up to -> a copy of their keys and values [2 x layers, heads, places, width]."""
@@ -32,13 +34,17 @@ class Prefixes:
     def tokens(self) -> int:
         return len(self._held) * self.block
 
-    def names(self, whose: str, ids: Sequence[int], pictures: Sequence[tuple[int, bytes]]) -> list[bytes]:
+    def names(
+        self, whose: str, ids: Sequence[int], pictures: Sequence[tuple[int, bytes]], known: Sequence[bytes] = ()
+    ) -> list[bytes]:
         """A name for each whole block of `ids`, by all that stands up to its end and by whose keys and values these
-        are. `pictures`: where each begins, and its digest; from one without a digest on, nothing has a name."""
-        found: list[bytes] = []
-        name, each = hashlib.sha256(whose.encode()).digest(), iter([*pictures, (len(ids), b"")])
+        are. `pictures`: where each begins, and its digest; from one without a digest on, nothing has a name. `known`:
+        the first of these names."""
+        found, begun = list(known), len(known) * self.block
+        name = found[-1] if found else hashlib.sha256(whose.encode()).digest()
+        each = iter([*(one for one in pictures if one[0] >= begun), (len(ids), b"")])
         place, digest = next(each)
-        for start in range(0, len(ids) - self.block + 1, self.block):
+        for start in range(begun, len(ids) - self.block + 1, self.block):
             made = hashlib.sha256(name + array("q", ids[start : start + self.block]).tobytes())
             while place < start + self.block:
                 if not digest:
@@ -81,12 +87,12 @@ class Prefixes:
                 del self._held[name]
 
     def _add(self, whose: str, said: Sequence[bytes], first: int, cut: Cut) -> None:
-        if first == len(said):
-            return
-        blocks = cut(first * self.block, len(said) * self.block).split(self.block, dim=2)
-        for name, block in zip(said[first:], blocks, strict=True):
-            if name not in self._held:
-                self._held[name] = whose, block.clone()  # a view would keep all of them
+        for start in range(first, len(said), AT_ONCE):
+            now = said[start : start + AT_ONCE]
+            blocks = cut(start * self.block, (start + len(now)) * self.block).split(self.block, dim=2)
+            for name, block in zip(now, blocks, strict=True):
+                if name not in self._held:
+                    self._held[name] = whose, block.clone()  # a view would keep all of them
 
     def _touch(self, said: Sequence[bytes]) -> None:
         """These are wanted; ends go before beginnings, without which nobody finds them."""

@@ -75,7 +75,7 @@ class Reading:
             ticket.sights = [Sight((eyes, whole), work.pictures)]
         places = [place for place, one in enumerate(ticket.ids) if one == self.reader.picture]
         for sight in ticket.sights:
-            ticket.pictures.append((places[0], sight.key[1]))
+            ticket.pictures += [(place, sight.key[1]) for place in places[:1]]
             places = places[len(sight) :]
 
     # What was read before.
@@ -85,14 +85,18 @@ class Reading:
         always read: what comes next is not known."""
         if not self.prefixes.most:
             return
-        found = self.prefixes.find(self.prefixes.names(ticket.work.adapter, ticket.ids[:-1], ticket.pictures))
+        if not ticket.names:
+            ticket.names = self.prefixes.names(ticket.work.adapter, ticket.ids, ticket.pictures)
+        found = self.prefixes.find(ticket.names[: (len(ticket.ids) - 1) // self.prefixes.block])
         if len(found) <= len(ticket.known):
             return
         ticket.known = found
         ticket.place = ticket.reused = len(found) * self.prefixes.block
         wanted = sum(map(len, ticket.sights)) - self._laid(ticket)
         while ticket.sights and len(ticket.sights[0]) <= wanted:
-            wanted -= len(ticket.sights.pop(0))
+            sight = ticket.sights.pop(0)
+            wanted -= len(sight)
+            self.pictures_again += len(sight.pictures) if sight.features is None else 0
 
     def _laid(self, ticket: Ticket) -> int:
         """Pieces of pictures in what is not known of its prompt."""
@@ -103,8 +107,11 @@ class Reading:
         row = ticket.row
         if row is None or not self.prefixes.most or not lane.kv.alike:
             return
-        said = self.prefixes.names(lane.adapter, [*ticket.ids, *ticket.said][: ticket.place], ticket.pictures)
-        self.prefixes.put(lane.adapter, said, lambda start, stop: lane.kv.cut(row, start, stop))
+        names = ticket.names[: ticket.place // self.prefixes.block]
+        if ticket.place > len(ticket.ids):
+            said = [*ticket.ids, *ticket.said][: ticket.place]
+            names = self.prefixes.names(lane.adapter, said, ticket.pictures, names)
+        self.prefixes.put(lane.adapter, names, lambda start, stop: lane.kv.cut(row, start, stop))
 
     def read(self, lane: Lane, lanes: Sequence[Lane], left: float, must: bool) -> float:
         """See and read within `left` seconds, at least the smallest piece where something `must` be; the seconds spent.

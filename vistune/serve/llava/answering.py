@@ -30,6 +30,9 @@ from vistune.serve.work import Ended, Piece, Work
 SILENT = 3.0
 """Seconds after which what has been said is said again: the reference's controller gives up after five without a byte,
 its page after ten."""
+PACE = 0.1
+"""Seconds between lines at least, what is said meanwhile being one: the reference's page takes some 30 ms for each, and
+would still be showing an answer long after its end."""
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -112,7 +115,11 @@ async def _lines(prompt: str, one: Answer, said: Piece | Ended | None) -> AsyncI
     while not isinstance(said, Ended):
         text += said.text if said else ""
         yield lines.line(text)
+        due = time.monotonic() + PACE
         said = await one.next(SILENT)
+        while isinstance(said, Piece) and (left := due - time.monotonic()) > 0:
+            text += said.text
+            said = await one.next(left)
     why = failure(said)
     yield lines.line(why.message, lines.FAILED) if why else lines.line(text)
 

@@ -6,6 +6,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import json
+import re
 
 TOO_LONG = "Exceeds max token length. Please start a new conversation, thanks."
 """What the reference's worker says where a prompt leaves no room for an answer (llava/serve/model_worker.py): clients
@@ -16,5 +17,12 @@ TYPE = "application/octet-stream"
 """The reference says none; NUL is no text and no lines of JSON."""
 
 
+_TAG = re.compile(r"<[^<>`]*>")
+
+
 def line(text: str, code: int = OK) -> bytes:
+    """A reason's `<image>` and the like are put between backticks: the reference's page would take them for HTML, and
+    show nothing. An answer is as the model said it."""
+    if code != OK:
+        text = _TAG.sub(r"`\g<0>`", text)
     return json.dumps({"text": text, "error_code": code}).encode() + b"\0"

@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from vistune import console
 from vistune.serve.interface.completions import Desk, Gone
 from vistune.serve.limits import Limits
 from vistune.serve.llava import lines
@@ -85,11 +86,16 @@ class _Said:
         self.shelf, self.controller, self.others, self.hosts, self.own = shelf, controller, others, hosts, own
 
     async def register(self, request: Request) -> None:
+        """Who is refused is named in the log too: the reference's worker does not read why, and ends."""
         fields = await _fields(request)
-        address = worker_address(fields.get("worker_name"), self.hosts)
-        told = fields.get("worker_status")
-        status = read_status(told) if told else await self.others.status(address)
-        self.controller.register(address, status, bool(fields.get("check_heart_beat")))
+        try:
+            address = worker_address(fields.get("worker_name"), self.hosts)
+            told = fields.get("worker_status")
+            status = read_status(told) if told else await self.others.status(address)
+            self.controller.register(address, status, bool(fields.get("check_heart_beat")))
+        except Refused as why:
+            console.warn(f"a LLaVA worker is not registered: {why.message}")
+            raise
 
     async def beat(self, request: Request) -> dict[str, bool]:
         fields = await _fields(request)
