@@ -155,6 +155,6 @@ def _malformed(scope: Scope, path: str) -> str:
 
 def _challenge(scope: Scope) -> tuple[tuple[bytes, bytes], ...]:
     """A browser that wants a page asks its user; programs are told what they forgot."""
-    accepts = b"".join(value for name, value in scope["headers"] if name == b"accept")
-    scheme = b'Basic realm="vistune", charset="UTF-8"' if b"text/html" in accepts else b'Bearer realm="vistune"'
+    people = hosts.by_browser(scope["headers"])
+    scheme = b'Basic realm="vistune", charset="UTF-8"' if people else b'Bearer realm="vistune"'
     return ((b"www-authenticate", scheme),)

@@ -22,6 +22,11 @@ def one(headers: Headers, name: bytes) -> str:
     return said[0].decode("ascii", "replace").strip() if len(said) == 1 else ""
 
 
+def by_browser(headers: Headers) -> bool:
+    """Whether a browser asks, for a page that somebody shall see."""
+    return any(name == b"accept" and b"text/html" in value for name, value in headers)
+
+
 def bare(host: str) -> str:
     """A Host header's name without its port, lower case; empty for what is no name."""
     found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::\d{1,5})?", host.lower())

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vistune.serve.door.exchange import App, Receive, Scope, Send
-from vistune.serve.door.hosts import local
+from vistune.serve.door.hosts import by_browser, local
 from vistune.serve.page import HEADERS, HERE, HTML, at, files, sent
 
 AGAIN = 5
@@ -30,7 +30,7 @@ def meanwhile(app: App, reading: Callable[[], bool] = lambda: True) -> App:
         if request.method not in ("GET", "HEAD"):
             return None
         path = local(request.scope)
-        if path == "/" and "text/html" in request.headers.get("accept", ""):
+        if path == "/" and by_browser(request.scope["headers"]):
             return Response(at(text, request.scope.get("root_path", "")), 503, headers, HTML)
         found = there.get(path.removeprefix("/page/"))
         return sent(request, found) if found else None
