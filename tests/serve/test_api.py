@@ -56,7 +56,12 @@ def test_whole_answers(loaded):
         assert choice["finish_reason"] == "length" and answer["object"] == "chat.completion" and answer["model"] == "m"
         assert answer["id"].startswith("chatcmpl-") and abs(answer["created"] - time.time()) < 60
         prompt = len(stage.engine.tickets[0].work.ids)
-        assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 3, "total_tokens": prompt + 3}
+        assert answer["usage"] == {
+            "prompt_tokens": prompt,
+            "completion_tokens": 3,
+            "total_tokens": prompt + 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
 
 
 def test_streams(loaded):

@@ -334,7 +334,7 @@ def test_what_is_free_is_shared_out_between_models(start, monkeypatch):
         one.state().kv_tokens for one in (*opened(start).engines, *opened(f"a={start}", f"b={start}").engines)
     )
     assert first == second and alone == 2 * first > 0
-    said = opened(f"a={start}", f"b={start}", limits=Limits(kv_bytes=1 << 22)).engines
+    said = opened(f"a={start}", f"b={start}", limits=Limits(kv_bytes=1 << 22, prefixes=0)).engines
     assert [one.state().kv_tokens for one in said] == [(1 << 22) // said[0].reader.kv_token_bytes] * 2
 
 
