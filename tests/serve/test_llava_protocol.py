@@ -19,9 +19,13 @@ from tests.serve.served import Serving, listening, picture, serving, until
 from vistune.decoding import Settings, decode, laid, shown
 from vistune.models.load import load
 from vistune.samples import IMAGE_MARK, Image
+from vistune.serve.door.options import Options, guarded
+from vistune.serve.door.probes import opening
+from vistune.serve.limits import Limits
 from vistune.serve.llava import answering, routes
 from vistune.serve.llava.registering import Registering
 from vistune.serve.llava.status import Status
+from vistune.serve.waiting import waiting
 from vistune.speech import spoken
 
 PICTURES = [picture(0), picture(1, (56, 40))]
@@ -330,6 +334,17 @@ def test_one_registered_with_itself_is_not_asked_for_ever(server: Serving) -> No
     OldWorker("loop").register(server.url, server.url)
     (only,) = Page(server.url).lines(server.url, model="loop", prompt="hi")
     assert only["error_code"] == 2 and "itself" in only["text"]
+
+
+def test_a_beat_that_comes_while_the_models_are_read_does_not_end_the_worker() -> None:
+    """The reference's takes an error for its own, and never sends another beat."""
+    reading, options = True, Options(llava=True, log=False)
+    with listening(guarded(waiting(opening, options, lambda: reading), Limits(), options)) as at:
+        beat = {"worker_name": "http://localhost:1", "queue_length": 0}
+        assert HTTP.post(f"{at}/receive_heart_beat", json=beat).json() == {"exist": True}
+        assert HTTP.post(f"{at}/list_models").status_code == 503
+        reading = False
+        assert HTTP.post(f"{at}/receive_heart_beat", json=beat).status_code == 503
 
 
 class OldController:

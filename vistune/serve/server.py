@@ -24,9 +24,9 @@ from vistune.serve.limits import Limits
 from vistune.serve.llava import routes as llava
 from vistune.serve.llava.registering import register
 from vistune.serve.page import routes as page
-from vistune.serve.page.opening import meanwhile
 from vistune.serve.pictures.media import Media
 from vistune.serve.shelf import Shelf
+from vistune.serve.waiting import waiting
 
 
 def application(shelf: Shelf, limits: Limits, options: Options) -> Guard:
@@ -98,7 +98,7 @@ def run(open_shelf: Callable[[], Shelf], limits: Limits, options: Options) -> No
         welcome(shelf, options, place)
         register(options, place, lambda: llava.own_status(shelf))
 
-    guard = guarded(meanwhile(probes.opening) if options.page else probes.opening, limits, options)
+    guard = guarded(waiting(probes.opening, options), limits, options)
     opening = _Opening(open_shelf, guard, options, said)
     place = bound(options)
     console.say(f"reading the models; {address(options, place)}/health answers already")

@@ -22,7 +22,7 @@ from vistune.serve.limits import Limits
 from vistune.serve.llava.registering import register
 from vistune.serve.llava.status import Status
 from vistune.serve.metrics import Metrics
-from vistune.serve.page.opening import meanwhile
+from vistune.serve.waiting import waiting
 from vistune.serve.workers.crew import Crew
 from vistune.serve.workers.front import Front
 from vistune.serve.workers.places import places
@@ -65,7 +65,7 @@ def run(words: Sequence[str], limits: Limits, options: Options, count: int, *, d
 def _serve(crew: Crew, limits: Limits, options: Options, place: socket.socket) -> None:
     metrics = Metrics()
     front = Front(crew.workers, lambda: metrics.text({}).decode(), lambda: guard.draining)
-    guard = guarded(meanwhile(front, front.opening) if options.page else front, limits, options, metrics)
+    guard = guarded(waiting(front, options, front.opening), limits, options, metrics)
     console.say(f"{len(crew.workers)} workers read the models; {address(options, place)}/health answers already")
 
     def said(names: Sequence[str]) -> None:
