@@ -71,22 +71,32 @@ def main(arguments: list[str] | None = None) -> int:
     said.add_argument("--connections", type=int, nargs="+", default=[1, 16])
     said.add_argument("--each", type=int, default=4, help="requests of a connection, one after the other")
     said.add_argument("--max-tokens", type=int, default=64)
-    said.add_argument("--rounds", type=int, default=5)
-    said.add_argument("--threads", type=int, default=0, help="of a server; 0: its own choice")
-    said.add_argument("--data", type=Path, help="made-up data of train_step.py, to be used again; empty: made anew")
-    said.add_argument("--quick", action="store_true")
-    said.add_argument("--out", type=Path)
+    everybodys(said)
     asked = said.parse_args(arguments)
     if asked.quick:
         asked.connections, asked.each, asked.rounds, asked.max_tokens = [2], 1, 1, 4
     out = asked.out or HERE / "results" / f"serve_{asked.size}.json"
     with tempfile.TemporaryDirectory() as made:
         result = measure(asked, Path(made))
+    report(result, markdown(result), out)
+    return 0
+
+
+def everybodys(said: argparse.ArgumentParser) -> None:
+    """What every benchmark of serving may be told."""
+    said.add_argument("--rounds", type=int, default=5)
+    said.add_argument("--threads", type=int, default=0, help="of a server; 0: its own choice")
+    said.add_argument("--data", type=Path, help="made-up data of train_step.py, to be used again; empty: made anew")
+    said.add_argument("--quick", action="store_true")
+    said.add_argument("--out", type=Path)
+
+
+def report(result: dict[str, Any], said: str, out: Path) -> None:
+    """The figures to `out`, and what they say beside it and here."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
-    return 0
+    out.with_suffix(".md").write_text(said, encoding="utf-8")
+    print(said)
 
 
 def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:

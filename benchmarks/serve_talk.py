@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import httpx
 import made_data
 from measure import machine
-from serve import HERE, SIZES, WORDS, Answer, Server, about, answer, data_url, ours, stock
+from serve import HERE, SIZES, WORDS, Answer, Server, about, answer, data_url, everybodys, ours, report, stock
 
 SAID = "It is a picture of many colours; what stands in its middle is larger than what stands at its sides. " * 3
 """What was answered to each question before the last."""
@@ -39,21 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     said.add_argument("--talks", type=int, default=8, help="conversations at once")
     said.add_argument("--questions", type=int, default=6, help="of a conversation")
     said.add_argument("--max-tokens", type=int, default=16)
-    said.add_argument("--rounds", type=int, default=5)
-    said.add_argument("--threads", type=int, default=0, help="of a server; 0: its own choice")
-    said.add_argument("--data", type=Path, help="made-up data of train_step.py, to be used again; empty: made anew")
-    said.add_argument("--quick", action="store_true")
-    said.add_argument("--out", type=Path)
+    everybodys(said)
     asked = said.parse_args(arguments)
     if asked.quick:
         asked.size, asked.talks, asked.questions, asked.rounds, asked.max_tokens = "tiny", 2, 2, 1, 4
     out = asked.out or HERE / "results" / "serve_talk.json"
     with tempfile.TemporaryDirectory() as made:
         result = measure(asked, Path(made))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+    report(result, markdown(result), out)
     return 0
 
 
