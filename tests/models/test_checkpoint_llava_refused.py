@@ -89,7 +89,8 @@ def test_a_tokenizer_of_another_model(tmp_path):
     with pytest.raises(ValueError, match="has 1002 tokens, the embedding 1000 rows; take the tokenizer that belongs"):
         load(folder)
     convert(ORIGINAL / "llava-mlp2x_gelu", tmp_path / "hf", "hf")
-    shutil.copy(GOLDEN / "llava" / "tokenizers" / "llama_like" / "tokenizer.json", tmp_path / "hf")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "llava" / "tokenizers" / "llama_like" / file, tmp_path / "hf")
     with pytest.raises(ValueError, match="image token is 1000, the tokenizer has '<image>' = None"):
         convert(tmp_path / "hf", tmp_path / "out", "llava")
     for file in (*folder.glob("token*"), folder / "special_tokens_map.json"):

@@ -20,9 +20,10 @@ from transformers.utils import logging
 
 from vistune import chat
 from vistune.images import Layout
+from vistune.models import older
 from vistune.models.families import Family, family_of
 
-UNFINISHED, SENTENCEPIECE = ".vistune-unfinished", "tokenizer.model"
+UNFINISHED = ".vistune-unfinished"
 
 
 @dataclass(kw_only=True)
@@ -195,7 +196,8 @@ def write_described(said: Described, folder: Path, card: str, dtype: str) -> Non
         processor.image_processor.save_pretrained(folder)
         savable(said.generation).save_pretrained(folder)
         said.config.save_pretrained(folder)
-    carry_sentencepiece(said.tokenizer, folder)
+    older.say_in_tokenizer(said.tokenizer, folder)
+    older.say_in_processor(folder)
     config = read_config(folder)
     config["architectures"] = [family.model_class.__name__]
     options = family.options_of(said.config, said.layout)
@@ -207,19 +209,10 @@ def write_described(said: Described, folder: Path, card: str, dtype: str) -> Non
         if section is config or "dtype" in section:
             section["dtype"] = dtype
         section.pop("_name_or_path", None)  # where the parts lay on the machine that joined them
+    older.say_in_config(config)
     family.complete(folder, config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def carry_sentencepiece(tokenizer: Any, folder: Path) -> bool:
-    """Copy the `tokenizer.model` that the tokenizer was made of, which `transformers` no longer writes and older code
-    needs. False when there is none."""
-    made_of = Path(str(tokenizer.name_or_path)) / SENTENCEPIECE
-    if not made_of.is_file():
-        return False
-    (folder / SENTENCEPIECE).write_bytes(made_of.read_bytes())
-    return True
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from vistune.models import families
+from vistune.models import families, older
 from vistune.models.families import Family, llava_next
 from vistune.models.folders import Described
 from vistune.models.towers import clip
@@ -176,10 +176,7 @@ def _flat(text: PretrainedConfig) -> dict[str, Any]:
     everybodys = PretrainedConfig().to_dict().keys() | {"rope_parameters", "model_type"}
     raw = {key: value for key, value in text.to_dict().items() if key not in everybodys}
     raw |= {key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    rope = getattr(text, "rope_parameters", None) or {}
-    if "rope_theta" in rope:
-        raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": _rope_scaling(rope)}
-    return raw
+    return raw | older.angles(text.to_dict(), kind="type")
 
 
 def image_keys(config: Any, layout: Any) -> dict[str, Any]:
@@ -189,9 +186,3 @@ def image_keys(config: Any, layout: Any) -> dict[str, Any]:
 
 def _keeps_class(config: Any) -> bool:
     return clip.class_tokens(config) > 0 and config.vision_feature_select_strategy == "full"
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
-    if rope.get("rope_type", "default") == "default":
-        return None
-    return {"type": rope["rope_type"], **{k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}}

@@ -13,13 +13,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AddedToken, AutoTokenizer, PretrainedConfig
 
 from vistune import chat, console
-from vistune.models import hub, weights
+from vistune.models import hub, older, weights
 from vistune.models.checkpoints import llava_names
 from vistune.models.families import Family
 from vistune.models.fit import COMPUTED
 from vistune.models.folders import (
     Described,
-    carry_sentencepiece,
     quiet,
     read_config,
     read_generation,
@@ -143,9 +142,12 @@ def tokenizer(folder: Path, text: PretrainedConfig, start_end: bool = False) -> 
     `start_end`: with the two around it as well, which a first stage adds and does not save.
     """
     try:
+        # Told what kind of text it is for: it does not know what LLaVA's own config.json says. Of tokenizer.model alone
+        # a Mistral's would be made without the space before a text; what Mistral took is a Llama's.
+        bare = text.model_type == "mistral" and not (folder / "tokenizer.json").exists()
+        told = CONFIG_MAPPING["llama"]() if bare else text
         with quiet():
-            # Told what kind of text it is for: it does not know what LLaVA's own config.json says.
-            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=text)
+            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=told)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{folder}: no tokenizer can be opened in it ({reason})") from error
@@ -218,8 +220,12 @@ def write_small(said: Described, files: Mapping[str, Entry], config: Mapping[str
             savable(said.generation).save_pretrained(folder)
         if not names & set(TOKENIZER_FILES):
             said.tokenizer.save_pretrained(folder)
-            carried = carry_sentencepiece(said.tokenizer, folder)
-            if not carried and said.config.text_config.model_type in ("llama", "mistral"):
+            older.say_in_tokenizer(said.tokenizer, folder)
+            older.say_in_merges(folder)
+            if not (folder / older.SENTENCEPIECE).exists() and said.config.text_config.model_type in (
+                "llama",
+                "mistral",
+            ):
                 console.warn(
                     "the original code opens tokenizer.model, which this model does not have: copy the language "
                     "model's own beside the weights for it (vistune does without)"

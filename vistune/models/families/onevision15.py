@@ -155,8 +155,6 @@ class OneVision15:
                 code.replace("from vistune.models.shipped.", "from .")
             )
         config["auto_map"] = _AUTO_MAP
-        for section in (config, config["text_config"]):
-            section["torch_dtype"] = config["dtype"]  # the key of transformers 4
         for section in (config["text_config"], config["vision_config"]):
             for key in _NOISE:
                 section.pop(key, None)
@@ -232,10 +230,7 @@ _VIDEO = {
 
 
 def _name_as_before(file: Path) -> None:
-    """Extra special tokens under the key that every release reads; transformers 4 stops at the newer one."""
     said = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(said.get("extra_special_tokens"), list):
-        said["additional_special_tokens"] = said.pop("extra_special_tokens")
     said["processor_class"] = "Qwen2_5_VLProcessor"
     file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
