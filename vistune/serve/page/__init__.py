@@ -58,6 +58,12 @@ def file(data: bytes, kind: str) -> File:
     return File(data, kind, f'"{hashlib.sha256(data).hexdigest()[:20]}"')
 
 
+def written(name: str) -> str:
+    """A page as it stands here, with the head that all of them share."""
+    head = (HERE / "head.html").read_text(encoding="utf-8").rstrip()
+    return (HERE / name).read_text(encoding="utf-8").replace("{head}", head)
+
+
 def at(text: str, root: str) -> str:
     """A page with its files' addresses: below `root` where one is known, else beside the page."""
     return text.replace("{root}", html.escape(f"{root.rstrip('/')}/", quote=True) if root.strip("/") else "")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from vistune.serve.door.exchange import App, Receive, Scope, Send
 from vistune.serve.door.hosts import by_browser, local
-from vistune.serve.page import HEADERS, HERE, HTML, at, files, sent
+from vistune.serve.page import HEADERS, HTML, at, files, sent, written
 
 AGAIN = 5
 """Seconds after which to come again, for whoever heeds `Retry-After`; the page itself looks more often."""
@@ -23,7 +23,7 @@ def meanwhile(app: App, reading: Callable[[], bool] = lambda: True) -> App:
 
     Whatever else is asked, and whoever else asks, is answered by `app`.
     """
-    there, text = files(), (HERE / "opening.html").read_text(encoding="utf-8")
+    there, text = files(), written("opening.html")
     headers = {**HEADERS, "Cache-Control": "no-store", "Retry-After": str(AGAIN)}
 
     def shown(request: Request) -> Response | None:

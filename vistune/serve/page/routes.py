@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from vistune import __version__
 from vistune.serve.limits import Limits
-from vistune.serve.page import HEADERS, HERE, HTML, at, file, files, sent
+from vistune.serve.page import HEADERS, HTML, at, file, files, sent, written
 from vistune.serve.page.votes import Votes, read_vote
 from vistune.serve.refused import Refused
 
@@ -27,7 +27,7 @@ def router(limits: Limits, votes: Path | None = None, *, name: str = "vistune") 
     `name` is what the page is headed with. Addresses in it are relative, or begin with the server's `--root-path`: the
     page is then right without the slash at the end of its own address too. Raises OSError where votes cannot be kept.
     """
-    there, index = files(), (HERE / "index.html").read_text(encoding="utf-8")
+    there, index = files(), written("index.html")
     known = {"name": name, "version": __version__, "votes": votes is not None, "limits": _limits(limits)}
     kept = Votes(votes) if votes else None
     made = APIRouter(include_in_schema=False)
