@@ -132,33 +132,29 @@ def test_a_soak_of_seconds_ends_well(tmp_path):
     assert out.with_suffix(".md").read_text(encoding="utf-8").count("| 200 |")
 
 
-@pytest.mark.slow
-def test_both_servers_are_measured_and_say_the_same(tmp_path):
-    out = tmp_path / "serve.json"
-    words = ["--quick", "--threads", "1", "--data", str(tmp_path / "data"), "--out", str(out)]
+def quick(script, folder):
+    """The summary of a benchmark's smoke test."""
+    out = folder / "out.json"
+    words = ["--quick", "--threads", "1", "--data", str(folder / "data"), "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "serve.py"), *words],
+        [sys.executable, str(ROOT / "benchmarks" / script), *words],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = json.loads(out.read_text())["summary"]
+    return json.loads(out.read_text(encoding="utf-8"))["summary"]
+
+
+@pytest.mark.slow
+def test_both_servers_are_measured_and_say_the_same(tmp_path):
+    (found,) = quick("serve.py", tmp_path)
     assert found["connections"] == 2 and found["same_texts"] == found["texts"] == 2
     assert all(row["tokens_per_s"] > 0 for row in found["rows"].values())
 
 
 @pytest.mark.slow
 def test_conversations_are_measured_and_what_is_remembered_changes_no_word(tmp_path):
-    out = tmp_path / "talk.json"
-    words = ["--quick", "--threads", "1", "--data", str(tmp_path / "data"), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "serve_talk.py"), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())["summary"]
+    found = quick("serve_talk.py", tmp_path)
     assert len(found) == 3 and all(len(row["firsts"]) == 2 for row in found.values())
     assert found["vistune serve --prefixes 0"]["same_texts"] == [[4, 4]]

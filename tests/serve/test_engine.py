@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.each_family import each_family, folders_in
-from tests.made import WORDS, noise_in, stage0
+from tests.made import noise_in, stage0
 from tests.models.test_adapted import trained
+from tests.serve.loads import Listener, Seen, alone, asked, at_load, check_parity, some
 from tests.serve.served import until
 from tests.tiny import tiny_language, tiny_vision
-from vistune.decoding import Prompt, Settings, decode, marked, prompt, shown
+from vistune.decoding import Settings
 from vistune.models.adapted import Adapters
 from vistune.models.assemble import assemble
 from vistune.models.load import Loaded, load
-from vistune.samples import Image, Message
 from vistune.serve.answering import engine as engine_module
 from vistune.serve.answering.engine import Engine
 from vistune.serve.limits import Limits
 from vistune.serve.refused import Refused
-from vistune.serve.work import Ended, Piece, Work
-from vistune.speech import spoken
+from vistune.serve.work import Work
 from vistune.train.keeping.merge import merge
 
 SIZES = [(70, 40), (56, 56), (30, 90), (100, 60)]
@@ -50,121 +47,6 @@ def pictures(tmp_path_factory):
     return noise_in(tmp_path_factory.mktemp("pictures"), SIZES)
 
 
-class Listener:
-    """Hears an answer, in the engine's thread."""
-
-    def __init__(self) -> None:
-        self.pieces: list[Piece] = []
-        self.ends: list[Ended] = []
-        self.over = threading.Event()
-
-    def __call__(self, said: Piece | Ended) -> None:
-        assert not self.ends
-        if isinstance(said, Ended):
-            self.ends.append(said)
-            self.over.set()
-        else:
-            self.pieces.append(said)
-
-    @property
-    def text(self) -> str:
-        return "".join(one.text for one in self.pieces)
-
-    def end(self, seconds: float = 60.0) -> Ended:
-        assert self.over.wait(seconds), "never ended"
-        return self.ends[0]
-
-
-def asked(loaded: Loaded, turns: Sequence[str], seen: Sequence[Image], **how: Any) -> Work:
-    """A conversation whose pictures come with its first question."""
-    roles = ["user", "assistant"] * len(turns)
-    messages = [Message(role=role, text=text) for role, text in zip(roles, turns, strict=False)]
-    messages[0] = replace(messages[0], text=marked(messages[0].text, seen))
-    made = prompt(loaded, messages, seen)
-    settings = Settings(**{key: how.pop(key) for key in list(how) if key in vars(Settings())})
-    each = tuple(shown(loaded, one) for one in seen)
-    digests = tuple(str(one.path).encode() for one in seen)
-    return Work(ids=made.ids, settings=settings, pictures=each, digests=digests, **how)
-
-
-def alone(loaded: Loaded, work: Work) -> tuple[str, int, float]:
-    """The text of one request's `decode`, its tokens and its margin."""
-    made = Prompt(work.ids, [one.pixels for one in work.pictures], [one.grid for one in work.pictures if one.grid])
-    new = decode(loaded, [made], work.settings)[0]
-    return spoken(loaded, new.ids), len(new.ids), new.margin
-
-
-def some(loaded: Loaded, pictures: Sequence[Image], count: int, seed: int, most: int = 24) -> list[Work]:
-    """Requests with and without pictures, of one to three turns, greedy and sampled."""
-    made = random.Random(seed)
-    found = []
-    for i in range(count):
-        turns = [" ".join(made.choices(WORDS.split(), k=made.randint(1, 40))) for _ in range(made.choice([1, 1, 3]))]
-        seen = [made.choice(pictures) for _ in range(made.choice([0, 1, 1, 2]))]
-        how = {"temperature": 0.8, "top_p": 0.9, "seed": i} if i % 5 == 4 else {}
-        found.append(asked(loaded, turns, seen, max_new_tokens=made.randint(1, most), **how))
-    return found
-
-
-@dataclass
-class Seen:
-    """What a reader was asked to see."""
-
-    calls: list[int]
-
-    @classmethod
-    def by(cls, engine: Engine) -> Seen:
-        see: Any = engine.reader.see
-        seen = cls([])
-
-        def counted(pictures: Any) -> Any:
-            seen.calls.append(len(pictures))
-            return see(pictures)
-
-        engine.reader.see = counted  # type: ignore[method-assign]
-        return seen
-
-
-def at_load(loaded: Loaded, works: Sequence[Work], **limits: Any) -> tuple[Engine, list[Listener]]:
-    """All of them from four threads, at random times, beside others that leave on the way."""
-    engine = Engine(loaded, Limits(**limits), "tiny")
-    engine.start()
-    heard = [Listener() for _ in works]
-
-    def sends(number: int) -> None:
-        pause = random.Random(number)
-        for i in range(number, len(works), 4):
-            engine.submit(works[i], heard[i])
-            leaves = Listener()
-            ticket = engine.submit(replace(works[i], settings=Settings(max_new_tokens=50)), leaves)
-            time.sleep(pause.random() * 0.02)
-            ticket.leave()
-
-    threads = [threading.Thread(target=sends, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one in heard:
-        one.end()
-    return engine, heard
-
-
-def check_parity(loaded: Loaded, works: Sequence[Work], heard: Sequence[Listener]) -> None:
-    near = 0
-    for work, one in zip(works, heard, strict=True):
-        text, tokens, margin = alone(loaded, work)
-        end = one.end()
-        if work.settings.temperature == 0 and min(margin, end.margin) < 1e-4:
-            near += 1
-            continue
-        assert one.text == text and end.tokens == tokens
-        assert end.reason == "stop" or (end.reason == "length" and tokens == work.settings.max_new_tokens)
-        if work.settings.temperature == 0:
-            assert end.margin == pytest.approx(margin, abs=1e-4)
-    assert near <= 1
-
-
 def test_answers_at_any_load_are_those_of_one_request_alone(loaded, pictures):
     works = some(loaded, pictures, 24, 0, most=12)
     engine, heard = at_load(loaded, works, rows=8, prefill_ms=5)
@@ -177,45 +59,6 @@ def test_answers_at_any_load_are_those_of_one_request_alone(loaded, pictures):
     finally:
         engine.stop()
     check_parity(loaded, works, heard)
-
-
-def talks(loaded: Loaded, pictures: Sequence[Image], seed: int) -> list[list[Work]]:
-    """Conversations that go on, with pictures from the first question on; each is answered before the next is asked."""
-    made = random.Random(seed)
-    found = []
-    for number in range(5):
-        turns = [" ".join(made.choices(WORDS.split(), k=made.randint(5, 30))) for _ in range(5)]
-        seen = pictures[: number % 3]
-        found.append([asked(loaded, turns[: 2 * i + 1], seen, max_new_tokens=10) for i in range(3)])
-    return found
-
-
-def check_talks(loaded: Loaded, pictures: Sequence[Image], **limits: Any) -> Engine:
-    """Several at a time: what they say is what each question alone is told, though most of it is not read again."""
-    engine = Engine(loaded, Limits(rows=4, prefill_ms=5, **limits), "tiny")
-    engine.start()
-    for works in zip(*talks(loaded, pictures, 3), strict=True):
-        heard = [Listener() for _ in works]
-        for work, one in zip(works, heard, strict=True):
-            engine.submit(work, one)
-        check_parity(loaded, works, heard)
-    engine.stop()
-    return engine
-
-
-def test_conversations_that_go_on_are_answered_as_if_they_were_read_whole(loaded, pictures):
-    engine = check_talks(loaded, pictures)
-    state = engine.state()
-    asked_for = sum(len(work.ids) for one in talks(loaded, pictures, 3) for work in one)
-    assert asked_for / 4 < state.tokens_again < asked_for and state.prefix_tokens % 32 == 0 < state.prefix_tokens
-    assert check_talks(loaded, pictures, prefixes=0).state().tokens_again == 0
-
-
-@pytest.mark.slow
-@each_family
-def test_conversations_that_go_on_in_every_family(name, tmp_path_factory, pictures):
-    loaded = load(folders_in(tmp_path_factory.mktemp("families"))(name))
-    assert check_talks(loaded, pictures).state().tokens_again > 100
 
 
 @pytest.mark.slow

@@ -197,6 +197,20 @@ def test_those_who_wait_know_what_was_read_meanwhile():
     assert sorted(each.ended[0].reused for each in heard) == [0, 40, 40]
 
 
+def test_a_copy_that_fails_costs_nobody_an_answer(capsys):
+    reader = ToyReader()
+    one = scheduler(reader, prefixes=1000)
+    asked, other = work([1, 2, 3, 4], 6), work([5, 6, 7, 8], 9)
+    _, heard = handed_in(one, asked)
+    _, second = handed_in(one, other)
+    one.step()
+    reader.fails["cut"] = [RuntimeError("gone")]
+    run(one)
+    assert (heard.text, second.text) == (expected(asked), expected(other))
+    assert not reader.fails["cut"] and "RuntimeError: gone" in capsys.readouterr().err
+    assert answered(one, asked).reason in ("stop", "length")
+
+
 def test_nothing_is_remembered_where_nothing_may_be():
     one = scheduler(ToyReader())
     for _ in range(2):

@@ -219,6 +219,11 @@ def work(ids: Sequence[int], most: int = 8, pictures: Sequence[int] = (), tokens
     return Work(ids=laid, settings=Settings(max_new_tokens=most), pictures=shown, digests=digests, **more)
 
 
+def never_ends(seed: int, most: int) -> Work:
+    """A prompt whose answer is as long as it may be."""
+    return work([TALKS, seed], most)
+
+
 def expected(asked: Work) -> str:
     """What the toy answers, by the definition."""
     numbers = [int(one.pixels.view(-1)[0]) for one in asked.pictures for _ in range(one.tokens)]
