@@ -60,5 +60,5 @@ class Limits:
             if name != "hosts" and value < (0 if name in may_be_nothing else 1e-9):
                 needed = "0 or more" if name in may_be_nothing else "more than 0"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {needed} is needed")
-        if self.prefixes > MOST_PREFIXES:
+        if not self.prefixes <= MOST_PREFIXES:  # nor what is no number
             raise ValueError(f"--prefixes {self.prefixes}: a share of at most {MOST_PREFIXES} is needed")

@@ -222,10 +222,8 @@ def write_small(said: Described, files: Mapping[str, Entry], config: Mapping[str
             said.tokenizer.save_pretrained(folder)
             older.say_in_tokenizer(said.tokenizer, folder)
             older.say_in_merges(folder)
-            if not (folder / older.SENTENCEPIECE).exists() and said.config.text_config.model_type in (
-                "llama",
-                "mistral",
-            ):
+            pieces = said.config.text_config.model_type in ("llama", "mistral")
+            if pieces and not (folder / older.SENTENCEPIECE).exists():
                 console.warn(
                     "the original code opens tokenizer.model, which this model does not have: copy the language "
                     "model's own beside the weights for it (vistune does without)"

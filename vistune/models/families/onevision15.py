@@ -160,7 +160,7 @@ class OneVision15:
                 section.pop(key, None)
         config["vision_config"] = {k: v for k, v in config["vision_config"].items() if v is not None and v is not False}
         (folder / "processor_config.json").unlink(missing_ok=True)  # where it is, the other files are not looked at
-        _name_as_before(folder / "tokenizer_config.json")
+        _name_processor(folder / "tokenizer_config.json")
         video = {**json.loads((folder / "preprocessor_config.json").read_text()), **_VIDEO}
         del video["image_processor_type"], video["auto_map"]
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
@@ -229,7 +229,8 @@ _VIDEO = {
 }
 
 
-def _name_as_before(file: Path) -> None:
+def _name_processor(file: Path) -> None:
+    """By the published one's class, which older readers look for in the tokenizer's settings."""
     said = json.loads(file.read_text(encoding="utf-8"))
     said["processor_class"] = "Qwen2_5_VLProcessor"
     file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

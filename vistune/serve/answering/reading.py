@@ -92,10 +92,10 @@ class Reading:
             return
         ticket.known = found
         ticket.place = ticket.reused = len(found) * self.prefixes.block
-        wanted = sum(map(len, ticket.sights)) - self._laid(ticket)
-        while ticket.sights and len(ticket.sights[0]) <= wanted:
+        covered = sum(map(len, ticket.sights)) - self._laid(ticket)
+        while ticket.sights and len(ticket.sights[0]) <= covered:
             sight = ticket.sights.pop(0)
-            wanted -= len(sight)
+            covered -= len(sight)
             self.pictures_again += len(sight.pictures) if sight.features is None else 0
 
     def _laid(self, ticket: Ticket) -> int:

@@ -120,7 +120,7 @@ class Scheduler:
         lane = self.lanes.get(ticket.work.adapter)
         if lane is not None and lane.has(ticket):
             if error is None:
-                self.reading.keep(lane, ticket)
+                self._keep(lane, ticket)
             lane.leave(ticket)
         elif ticket in self.waiting:
             self.waiting.remove(ticket)
@@ -211,7 +211,7 @@ class Scheduler:
             self._hand_out(tickets, draw(logits, [one.draw for one in tickets if one.draw]))
             for ticket in tickets:
                 if not ticket.over:
-                    self.reading.keep(lane, ticket)
+                    self._keep(lane, ticket)
 
     def _hand_out(self, tickets: Sequence[Ticket], drawn: Sequence[Drawn]) -> None:
         self.failures = 0
@@ -256,6 +256,11 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - those concerned hear of it, the log has it, and the others go on
             self.failures += not self.reading.at_fault()
             self._drop(list(concerned), explained(error), lane if lost else None)
+
+    def _keep(self, lane: Lane, ticket: Ticket) -> None:
+        """What goes wrong here costs nobody an answer."""
+        with self._failing(()):
+            self.reading.keep(lane, ticket)
 
     def _drop(self, tickets: Sequence[Ticket], error: Refused, lost: Lane | None) -> None:
         if lost is not None:
